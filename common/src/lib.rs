@@ -1,0 +1,8 @@
+//! What both agents share, and the protocol between them.
+//!
+//! Pure modules (`snapshot`, `retention`, `stream`, `wire`, `size`, `progress`) know no clock, no file system, no process and
+//! no tokio. The others are leaves: each wraps one thing of the outside world and knows nothing of the wire.
+
+pub mod snapshot;
+pub mod stream;
+pub mod wire;

@@ -1,0 +1,50 @@
+//! The btrfs send stream: read it, check it, digest it, rewrite it into segments. Pure: bytes in, bytes out.
+//!
+//! Source of the format: `fs/btrfs/send.h` and `send.c` of Linux; `common/send-stream.c` of btrfs-progs is its other reader.
+
+use serde::{Deserialize, Serialize};
+
+/// A SHA-256 value.
+pub type Digest = [u8; 32];
+
+/// A place behind a UTIMES command, where a stream may be cut: the same in every send of a snapshot, whatever its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// Canonical commands so far.
+    pub count: u64,
+    /// Canonical digest so far.
+    pub digest: Digest,
+}
+
+/// What the stream digest covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum DigestScope {
+    /// The header of every command (length, command, CRC32C) and the bodies of those that carry no file data.
+    #[default]
+    Structure,
+    /// Every byte.
+    Full,
+}
+
+/// Times of a directory: seconds since 1970 and nanoseconds, as the send stream spells them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootTimes {
+    /// Last access.
+    pub atime: (u64, u32),
+    /// Last change of the content.
+    pub mtime: (u64, u32),
+    /// Last change of the inode.
+    pub ctime: (u64, u32),
+}
+
+/// How much a stream is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Total {
+    /// Bytes of the stream.
+    pub bytes: u64,
+    /// File data in it, in bytes: what it needs on disk, less what compression saves there.
+    pub data_bytes: u64,
+    /// Files that it creates or whose content it changes.
+    pub files: u64,
+}
