@@ -3,6 +3,7 @@
 //! Pure modules (`snapshot`, `retention`, `stream`, `wire`, `size`, `progress`) know no clock, no file system, no process and
 //! no tokio. The others are leaves: each wraps one thing of the outside world and knows nothing of the wire.
 
+pub mod link;
 pub mod snapshot;
 pub mod stream;
 pub mod wire;

@@ -12,4 +12,6 @@
 //! `Abort{reason}` may come from either side at any time: a read error at the source is an Abort, never an end of data.
 //! `KeepAlive` flows both ways. After `Published` the sender may offer the next snapshot or leave.
 
+pub mod codec;
+pub mod limits;
 pub mod message;
