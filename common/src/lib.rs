@@ -3,7 +3,13 @@
 //! Pure modules (`snapshot`, `retention`, `stream`, `wire`, `size`, `progress`) know no clock, no file system, no process and
 //! no tokio. The others are leaves: each wraps one thing of the outside world and knows nothing of the wire.
 
+pub mod durable;
+pub mod exit;
 pub mod link;
+pub mod lock;
+pub mod log;
+pub mod progress;
+pub mod signals;
 pub mod snapshot;
 pub mod stream;
 pub mod wire;

@@ -75,6 +75,9 @@ pub enum LinkError {
     /// Both are senders, or both receivers.
     #[error("the other side is a {0:?} as well; a sender talks to a receiver")]
     SameRole(Role),
+    /// A message that has no place here.
+    #[error("the other side broke the protocol: a message out of turn")]
+    OutOfTurn,
     /// The other side cannot talk to us.
     #[error("the other side refused: {0}")]
     Refused(String),
