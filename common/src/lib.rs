@@ -10,6 +10,7 @@ pub mod lock;
 pub mod log;
 pub mod progress;
 pub mod signals;
+pub mod identity;
 pub mod size;
 pub mod snapshot;
 pub mod stream;
