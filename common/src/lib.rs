@@ -5,6 +5,7 @@
 
 pub mod durable;
 pub mod exit;
+pub mod btrfs;
 pub mod link;
 pub mod lock;
 pub mod log;
@@ -14,4 +15,6 @@ pub mod identity;
 pub mod size;
 pub mod snapshot;
 pub mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod wire;
