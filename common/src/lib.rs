@@ -13,6 +13,7 @@ pub mod progress;
 pub mod signals;
 pub mod identity;
 pub mod size;
+pub mod retention;
 pub mod snapshot;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]

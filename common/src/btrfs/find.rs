@@ -1,7 +1,6 @@
 //! The snapshots of a volume in a directory. The file system is the database: nothing else remembers them.
 
 use std::{
-    cmp::Reverse,
     ffi::{OsStr, OsString},
     path::{Path, PathBuf},
 };
@@ -9,7 +8,10 @@ use std::{
 use rustix::io::Errno;
 
 use super::{BtrfsError, Subvolume, SubvolumeInfo};
-use crate::snapshot::{Snapshot, SnapshotName, VolumeName};
+use crate::{
+    retention::newest_first,
+    snapshot::{Snapshot, SnapshotName, VolumeName},
+};
 
 /// A snapshot and where it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,13 +47,6 @@ pub fn snapshots(dir: &Path, volume: &VolumeName) -> Result<Vec<Found>, BtrfsErr
     let mut found: Vec<Found> = found.collect();
     found.sort_by_cached_key(|found| newest_first(&found.snapshot));
     Ok(found)
-}
-
-/// The key that sorts snapshots of a volume, the newest first.
-///
-/// Snapshots between which nothing was written have the same ctransid; then the time in the name decides, the same on both sides.
-pub fn newest_first(snapshot: &Snapshot) -> Reverse<(u64, SnapshotName)> {
-    Reverse((snapshot.id.ctransid, snapshot.name.clone()))
 }
 
 /// The entries of `dir` that `interesting` makes something of, in no order. What vanishes meanwhile is left out.

@@ -29,7 +29,7 @@ use rustix::{
 use uuid::Uuid;
 
 pub use self::{
-    find::{Candidate, Found, candidates, newest_first, snapshots},
+    find::{Candidate, Found, candidates, snapshots},
     send::{SendOptions, Sending, send, stream_version},
     space::{Space, space},
     subvolume::{Subvolume, SubvolumeInfo},
