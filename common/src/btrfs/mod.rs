@@ -118,6 +118,13 @@ pub fn file_system(path: &Path) -> Result<Uuid, BtrfsError> {
     Ok(Uuid::from_bytes(info.fsid))
 }
 
+/// The id of the tree that the directory `path` is in: that of the subvolume that contains it, or that it is.
+pub fn tree_of(path: &Path) -> Result<u64, BtrfsError> {
+    let dir = open_on_btrfs(path)?;
+    let info = raw::subvol_info(dir.as_fd()).map_err(BtrfsError::call("find the subvolume of", path))?;
+    Ok(info.treeid)
+}
+
 /// Makes an empty subvolume at `path`, in a directory that exists.
 pub fn create(path: &Path) -> Result<(), BtrfsError> {
     let (dir, name) = parent(path)?;

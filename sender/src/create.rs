@@ -1,0 +1,211 @@
+//! The first step of a cycle: a read-only snapshot of the source, named by the clock, and whether it is time for one.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use common::{
+    btrfs::{self, Access, BtrfsError, Found, Subvolume},
+    snapshot::{Snapshot, SnapshotName, VolumeName},
+};
+use jiff::{SignedDuration, Timestamp};
+use rustix::io::Errno;
+
+/// How many seconds ahead of the clock a name may be when those before are taken. More than anybody needs: a name is taken only if
+/// there are two snapshots within a second, or if the clock was set back.
+const MAX_SECONDS_AHEAD: i64 = 3600;
+
+/// Why there is no new snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// A configured directory is not there, or cannot be reached.
+    #[error("{key} = {path:?}: {source}; create the directory or correct the configuration")]
+    Missing {
+        /// The key of the configuration.
+        key: &'static str,
+        /// Its value.
+        path: PathBuf,
+        /// Why it cannot be reached.
+        #[source]
+        source: io::Error,
+    },
+    /// The source changes never.
+    #[error("source = {0:?} is a read-only subvolume; name the writable one that the build farm works in")]
+    SourceReadOnly(PathBuf),
+    /// Snapshots do not cross file systems.
+    #[error(
+        "snapshot_dir = {dir:?} is not on the file system of source = {source_path:?}; choose a directory on that one"
+    )]
+    OtherFileSystem {
+        /// Where the snapshots should go.
+        dir: PathBuf,
+        /// What they should be of.
+        source_path: PathBuf,
+    },
+    /// Every snapshot would show the directory of the snapshots.
+    #[error("snapshot_dir = {dir:?} is inside source = {source_path:?}; choose a directory beside it")]
+    InsideSource {
+        /// Where the snapshots should go.
+        dir: PathBuf,
+        /// What they should be of.
+        source_path: PathBuf,
+    },
+    /// So many names were taken that something else must be wrong.
+    #[error("all names from {first} on are taken in {dir:?}; is the clock right?")]
+    NamesTaken {
+        /// The name that the clock says.
+        first: SnapshotName,
+        /// Where the snapshots are.
+        dir: PathBuf,
+    },
+    /// btrfs refused.
+    #[error(transparent)]
+    Btrfs(#[from] BtrfsError),
+}
+
+/// A source and the directory of its snapshots, found fit for each other.
+#[derive(Debug)]
+pub struct Site {
+    source: Subvolume,
+    dir: PathBuf,
+}
+
+impl Site {
+    /// Opens both and sees whether snapshots can be taken from the one into the other. Symlinks to them are followed.
+    pub fn open(source: &Path, snapshot_dir: &Path) -> Result<Self, CreateError> {
+        let found = |key, path: &Path| {
+            let missing = |source| CreateError::Missing { key, path: path.to_owned(), source };
+            std::fs::canonicalize(path).map_err(missing)
+        };
+        let source_path = found("source", source)?;
+        let dir = found("snapshot_dir", snapshot_dir)?;
+        let source = Subvolume::open(&source_path)?;
+        let info = source.info()?;
+        if info.read_only {
+            return Err(CreateError::SourceReadOnly(source_path));
+        }
+        if btrfs::file_system(&source_path)? != btrfs::file_system(&dir)? {
+            return Err(CreateError::OtherFileSystem { dir, source_path });
+        }
+        // By path for what lies in a subvolume inside the source, by tree for what is reached over another mount.
+        if dir.starts_with(&source_path) || btrfs::tree_of(&dir)? == info.tree_id {
+            return Err(CreateError::InsideSource { dir, source_path });
+        }
+        Ok(Self { source, dir })
+    }
+
+    /// The source.
+    pub fn source(&self) -> &Subvolume {
+        &self.source
+    }
+
+    /// Takes a read-only snapshot, named by the time `now` or by the next second whose name is free. It is on disk on return.
+    pub fn create(&self, volume: &VolumeName, now: Timestamp) -> Result<Found, CreateError> {
+        let first = SnapshotName::new(volume.clone(), now);
+        for ahead in 0..=MAX_SECONDS_AHEAD {
+            let taken = now.saturating_add(SignedDuration::from_secs(ahead)).unwrap_or(Timestamp::MAX);
+            let name = SnapshotName::new(volume.clone(), taken);
+            let path = self.dir.join(name.to_string());
+            match btrfs::snapshot(&self.source, &path, Access::ReadOnly) {
+                Ok(()) => {
+                    let info = Subvolume::open(&path)?.info()?;
+                    return Ok(Found { snapshot: Snapshot { name, id: info.stream_id() }, path, info });
+                }
+                Err(error) if error.errno() == Some(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(CreateError::NamesTaken { first, dir: self.dir.clone() })
+    }
+}
+
+/// How long until the next snapshot is due; zero if it is now. Pure.
+///
+/// None so far, or a newest one from the future (the clock was set back): due now, for waiting could take years.
+pub fn due_in(newest: Option<&SnapshotName>, now: Timestamp, interval: Duration) -> Duration {
+    let Some(newest) = newest else { return Duration::ZERO };
+    // Negative, and so no Duration, if the newest is from the future.
+    match Duration::try_from(now.duration_since(newest.taken())) {
+        Ok(age) => interval.saturating_sub(age),
+        Err(_) => Duration::ZERO,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use common::testing::{SMALL, TestFs};
+
+    use super::*;
+
+    fn volume() -> VolumeName {
+        "v".parse().unwrap()
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_795_330_800 + second).unwrap()
+    }
+
+    #[test]
+    fn snapshots_are_read_only_named_by_the_clock_and_never_in_each_others_way() {
+        let fs = TestFs::new(SMALL);
+        let source = fs.subvolume("source");
+        let dir = fs.path().join("snapshots");
+        fs::create_dir(&dir).unwrap();
+        fs::write(source.join("file"), "x").unwrap();
+        let site = Site::open(&source, &dir).unwrap();
+        let names: Vec<String> = [0, 0, 1, 0]
+            .iter()
+            .map(|&second| {
+                let found = site.create(&volume(), at(second)).unwrap();
+                assert!(found.info.read_only);
+                assert_eq!(fs::read_to_string(found.path.join("file")).unwrap(), "x");
+                found.snapshot.name.to_string()
+            })
+            .collect();
+        assert_eq!(names, ["v.20261122T070000Z", "v.20261122T070001Z", "v.20261122T070002Z", "v.20261122T070003Z"]);
+        let listed = btrfs::snapshots(&dir, &volume()).unwrap();
+        assert_eq!(listed.len(), 4);
+        assert_eq!(listed[0].snapshot.name.to_string(), names[3]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_next_step() {
+        let (fs, other) = (TestFs::new(SMALL), TestFs::new(SMALL));
+        let source = fs.subvolume("source");
+        let plain = source.join("plain");
+        fs::create_dir(&plain).unwrap();
+        btrfs::create(&source.join("nested")).unwrap();
+        let beside = fs.path().join("beside");
+        fs::create_dir(&beside).unwrap();
+        let fixed = fs.path().join("fixed");
+        btrfs::snapshot(&Subvolume::open(&source).unwrap(), &fixed, Access::ReadOnly).unwrap();
+        let missing = fs.path().join("missing");
+
+        let said = |source: &Path, dir: &Path| Site::open(source, dir).unwrap_err().to_string();
+        assert!(said(&source, other.path()).contains("not on the file system of source"));
+        assert!(said(&source, &plain).contains("choose a directory beside it"));
+        assert!(said(&source, &source.join("nested")).contains("choose a directory beside it"));
+        assert!(said(&source, &missing).contains("snapshot_dir = "));
+        assert!(said(&missing, &beside).contains("source = "));
+        assert!(said(&plain, &beside).contains("not a btrfs subvolume"));
+        assert!(said(&fixed, &beside).contains("read-only"));
+        assert!(said(Path::new("/proc"), &beside).contains("not on btrfs"));
+        Site::open(&source, &beside).unwrap();
+    }
+
+    #[test]
+    fn a_snapshot_is_due_when_the_newest_is_old_enough_or_from_the_future() {
+        let hour = Duration::from_secs(3600);
+        let newest = SnapshotName::new(volume(), at(0));
+        assert_eq!(due_in(None, at(0), hour), Duration::ZERO);
+        assert_eq!(due_in(Some(&newest), at(0), hour), hour);
+        assert_eq!(due_in(Some(&newest), at(3599), hour), Duration::from_secs(1));
+        assert_eq!(due_in(Some(&newest), at(3600), hour), Duration::ZERO);
+        assert_eq!(due_in(Some(&newest), at(1_000_000), hour), Duration::ZERO);
+        assert_eq!(due_in(Some(&newest), at(-1), hour), Duration::ZERO);
+    }
+}
