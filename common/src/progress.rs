@@ -52,12 +52,9 @@ impl Progress {
     /// `bytes` are done at `now`. Going back is ignored.
     pub fn update(&mut self, now: Instant, bytes: u64) {
         self.bytes = self.bytes.max(bytes);
+        let many = self.window.len() > 1;
         match self.window.back_mut() {
-            Some(last) if now.saturating_duration_since(last.0) < SPACING && self.window.len() > 1 => {
-                if let Some(last) = self.window.back_mut() {
-                    last.1 = self.bytes;
-                }
-            }
+            Some(last) if many && now.saturating_duration_since(last.0) < SPACING => last.1 = self.bytes,
             _ => self.window.push_back((now, self.bytes)),
         }
         while self.window.len() > 2 && now.saturating_duration_since(self.window[1].0) >= WINDOW {
