@@ -1,0 +1,124 @@
+//! The agent: volumes brought back, the door opened, the rsync daemon beside it, tidying in the background.
+
+use std::{io, sync::Arc, time::Duration};
+
+use common::{
+    exit::chain,
+    signals,
+    tls::{Acceptor, Credentials, TlsError},
+};
+use tokio::{task::spawn_blocking, time::interval};
+
+use crate::{
+    config::Config,
+    listen::Door,
+    receive::{self, ReceiveError},
+    rsyncd::{self, Rsyncd, RsyncdError},
+    session::Host,
+    volume::{Volume, VolumeError},
+};
+
+/// How often it is tried whether the last client of a former snapshot has left.
+const RETIRE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Certificates, key, peers.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The state directory.
+    #[error("cannot make the directory {path}")]
+    Directory {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A volume.
+    #[error("volume {volume}: {source}")]
+    Volume {
+        /// Which.
+        volume: String,
+        /// Why.
+        source: VolumeError,
+    },
+    /// `btrfs` is missing.
+    #[error(transparent)]
+    Tool(#[from] ReceiveError),
+    /// The door.
+    #[error("cannot listen at {address}: {source}")]
+    Listen {
+        /// As configured.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The rsync daemon.
+    #[error(transparent)]
+    Rsyncd(#[from] RsyncdError),
+    /// Signals cannot be caught, or a thread died.
+    #[error("cannot catch signals")]
+    Signals(#[source] io::Error),
+}
+
+/// Runs until a signal says stop.
+///
+/// # Errors
+/// See [`AgentError`]; all of it is found before anything is accepted.
+pub async fn run(config: &Config) -> Result<(), AgentError> {
+    let shutdown = signals::shutdown_token().map_err(AgentError::Signals)?;
+    let credentials = Credentials::load(&config.tls.certificate, &config.tls.private_key)?;
+    let acceptor = Acceptor::new(&credentials, &config.tls.peers)?;
+    let stream_version = receive::stream_version()?;
+    let volumes = open_volumes(config)?;
+    let door = Door::open(&config.listen.address, acceptor, &config.agent.name)
+        .await
+        .map_err(|source| AgentError::Listen { address: config.listen.address.clone(), source })?;
+    let rsync = Rsyncd::start(&config.rsync, &rsyncd::modules(&config.volumes), &config.agent.state_dir).await?;
+    let address = door.address().map_or_else(|_| config.listen.address.clone(), |address| address.to_string());
+    tracing::info!(address, volumes = volumes.len(), stream_version, "listening");
+    let host = Arc::new(Host {
+        volumes,
+        stream_version,
+        progress_interval: config.log.progress_interval,
+        shutdown: shutdown.clone(),
+        tidy: tokio::sync::Notify::new(),
+    });
+    let tidying = tokio::spawn(tidy(Arc::clone(&host)));
+    door.serve(Arc::clone(&host)).await;
+    // A deletion under way is not waited for: it goes on in the kernel, or is tried again after the next start.
+    tidying.abort();
+    rsync.stop().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn open_volumes(config: &Config) -> Result<Vec<Arc<Volume>>, AgentError> {
+    let state_dir = &config.agent.state_dir;
+    std::fs::create_dir_all(state_dir).map_err(|source| AgentError::Directory { path: state_dir.clone(), source })?;
+    let open = |volume: &crate::config::Volume| {
+        let opened = Volume::open(volume, state_dir);
+        opened.map(Arc::new).map_err(|source| AgentError::Volume { volume: volume.name.to_string(), source })
+    };
+    config.volumes.iter().map(open).collect()
+}
+
+/// Retires and prunes: at the start, after every publication, and while clients are still inside a former snapshot.
+async fn tidy(host: Arc<Host>) {
+    let mut ticks = interval(RETIRE_INTERVAL);
+    loop {
+        for volume in &host.volumes {
+            let ours = Arc::clone(volume);
+            if let Ok(Err(error)) = spawn_blocking(move || ours.tidy()).await {
+                tracing::warn!(volume = %volume.config.name, stage = "prune", error = chain(&error), "cannot tidy");
+            }
+        }
+        loop {
+            tokio::select! {
+                () = host.tidy.notified() => break,
+                _ = ticks.tick() => if host.volumes.iter().any(|volume| volume.is_retiring()) { break },
+            }
+        }
+    }
+}

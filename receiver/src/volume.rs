@@ -1,0 +1,247 @@
+//! A volume as the agent runs it: store, publisher, and the one transfer that may be under way.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use common::{
+    lock::{Lock, LockError},
+    retention::{self, Reason},
+    snapshot::{Snapshot, SnapshotId},
+    wire::message::{Inventory, Offer, Refusal},
+};
+use tokio::{sync::OwnedMutexGuard, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    apply::Order,
+    config,
+    prune,
+    publish::{PublishError, Published, Publisher},
+    store::{Store, StoreError},
+    verify::{self, Verified, VerifyError},
+};
+
+/// How long a transfer that is pushed aside by its own sender's new connection may take to clean up.
+const MAX_TAKE_OVER: Duration = Duration::from_secs(10);
+
+/// A volume.
+pub struct Volume {
+    /// As configured.
+    pub config: config::Volume,
+    /// Where its snapshots are.
+    pub store: Store,
+    publisher: Mutex<Publisher>,
+    mount_point: PathBuf,
+    under_way: Arc<tokio::sync::Mutex<()>>,
+    cancel_under_way: Mutex<CancellationToken>,
+    _lock: Lock,
+}
+
+/// The right to transfer into a volume, and the token that takes it away.
+pub struct Turn {
+    _held: OwnedMutexGuard<()>,
+    /// Cancelled when a newer connection takes the turn.
+    pub taken_over: CancellationToken,
+}
+
+/// Why a volume cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// A directory that the agent needs.
+    #[error("cannot make the directory {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another agent holds it.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The published tree.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// A snapshot that should be published is not what it should be.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+}
+
+/// Why an offer is not taken, for both sides.
+#[derive(Debug)]
+pub struct Refused {
+    /// For the program.
+    pub why: Refusal,
+    /// For people.
+    pub detail: String,
+}
+
+impl Volume {
+    /// Opens the volume: locks it, removes what a crash left behind, brings the published tree back.
+    ///
+    /// # Errors
+    /// See [`VolumeError`]. Nothing is accepted before all of this is done.
+    pub fn open(config: &config::Volume, state_dir: &Path) -> Result<Self, VolumeError> {
+        let mount_point = state_dir.join("receive");
+        for path in [&config.store, &config.publish, &mount_point] {
+            std::fs::create_dir_all(path)
+                .map_err(|source| VolumeError::Directory { path: path.clone(), source })?;
+        }
+        let lock = Lock::acquire(&config.store.join(format!(".{}.lock", config.name)))?;
+        let store = Store::open(&config.store, &config.name)?;
+        store.sweep()?;
+        let publisher = Publisher::open(&config.name, &config.publish, state_dir)?;
+        let volume = Self {
+            config: config.clone(),
+            store,
+            publisher: Mutex::new(publisher),
+            mount_point,
+            under_way: Arc::default(),
+            cancel_under_way: Mutex::default(),
+            _lock: lock,
+        };
+        volume.bring_back()?;
+        Ok(volume)
+    }
+
+    /// The published tree as before the crash or reboot; then what was complete but not published yet.
+    fn bring_back(&self) -> Result<(), VolumeError> {
+        self.publisher().recover(&self.store)?;
+        let newest = self.store.complete()?.into_iter().next();
+        let published = self.publisher().published().cloned();
+        if let Some(newest) = newest
+            && published.is_none_or(|published| published.id.ctransid < newest.snapshot.id.ctransid)
+        {
+            tracing::info!(volume = %self.config.name, snapshot = %newest.snapshot, "complete, but not published yet");
+            let verified = verify::verify(&self.store, &newest.snapshot)?;
+            self.publish(verified)?;
+        }
+        Ok(())
+    }
+
+    /// What the sender may ask for.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn inventory(&self, stream_version: u32) -> Result<Inventory, StoreError> {
+        let snapshots = self.store.complete()?.into_iter().map(|found| found.snapshot).collect();
+        let published = self.publisher().published().cloned();
+        Ok(Inventory { snapshots, published, unfinished: None, stream_version })
+    }
+
+    /// Takes the turn to transfer. A transfer under way is ended: its sender has a new connection, or it would not offer again.
+    /// (Another agent cannot be in the way: its certificate is not the pinned one, or its volume lock kept it from starting.)
+    pub async fn take_turn(&self) -> Result<Turn, Refused> {
+        let taken_over = CancellationToken::new();
+        let before = std::mem::replace(&mut *lock(&self.cancel_under_way), taken_over.clone());
+        before.cancel();
+        match timeout(MAX_TAKE_OVER, Arc::clone(&self.under_way).lock_owned()).await {
+            Ok(held) => Ok(Turn { _held: held, taken_over }),
+            Err(_) => Err(Refused {
+                why: Refusal::Busy,
+                detail: format!("the transfer before this one does not end; look for a btrfs receive in D state: volume {}", self.config.name),
+            }),
+        }
+    }
+
+    /// Admits an offer: everything that can be known before the first byte.
+    ///
+    /// # Errors
+    /// [`Refused`] with what would help.
+    pub fn admit(&self, offer: &Offer, stream_version: u32) -> Result<Admitted, Refused> {
+        let broken = |error: StoreError| Refused { why: Refusal::Busy, detail: error.to_string() };
+        let bad = |detail: String| Refused { why: Refusal::BadOffer, detail };
+        if offer.snapshot.name.volume() != &self.config.name {
+            return Err(bad(format!("{} is no snapshot of volume {}", offer.snapshot.name, self.config.name)));
+        }
+        if !(1..=stream_version).contains(&offer.stream_version) {
+            return Err(bad(format!("stream version {} is not one of 1 to {stream_version}", offer.stream_version)));
+        }
+        if offer.base.as_ref().is_some_and(|base| base.id.uuid == offer.snapshot.id.uuid) {
+            return Err(bad("the snapshot is offered as its own base".to_owned()));
+        }
+        self.store.sweep().map_err(broken)?;
+        if self.store.find(offer.snapshot.id).map_err(broken)?.is_some() {
+            return verify::verify(&self.store, &offer.snapshot).map(Admitted::Complete).map_err(|error| Refused {
+                why: Refusal::NameTaken,
+                detail: format!("the snapshot is here under another name: {error}"),
+            });
+        }
+        let path = self.store.path().join(offer.snapshot.name.to_string());
+        if path.symlink_metadata().is_ok() {
+            return Err(Refused {
+                why: Refusal::NameTaken,
+                detail: format!("{} is in the way: not a snapshot that snapferry received as {}", path.display(), offer.snapshot.id),
+            });
+        }
+        if let Some(base) = &offer.base
+            && self.store.find(base.id).map_err(broken)?.is_none()
+        {
+            return Err(Refused { why: Refusal::BaseMissing, detail: format!("the base {base} is not in {}", self.store.path().display()) });
+        }
+        Ok(Admitted::Order(Order {
+            volume: self.config.name.clone(),
+            offer: offer.clone(),
+            store: self.store.clone(),
+            mount_point: self.mount_point.clone(),
+        }))
+    }
+
+    /// Publishes.
+    ///
+    /// # Errors
+    /// See [`PublishError`]; the snapshot before stays published.
+    pub fn publish(&self, verified: Verified) -> Result<Published, PublishError> {
+        self.publisher().publish(verified)
+    }
+
+    /// Whether clients are still inside a former snapshot.
+    pub fn is_retiring(&self) -> bool {
+        !self.publisher().retiring().is_empty()
+    }
+
+    /// Unmounts former snapshots whose last client has left, then prunes.
+    ///
+    /// # Errors
+    /// The store cannot be read. What cannot be unmounted or deleted is logged and tried again.
+    pub fn tidy(&self) -> Result<(), StoreError> {
+        self.publisher().retire();
+        let found = self.store.complete()?;
+        let plan = self.retention(&found.iter().map(|found| found.snapshot.clone()).collect::<Vec<_>>());
+        prune::delete(&self.config.name, &self.store, &plan);
+        Ok(())
+    }
+
+    /// What retention says of `snapshots`: never the published one, a retiring one, or the newest, which is the sender's base.
+    pub fn retention(&self, snapshots: &[Snapshot]) -> retention::Plan {
+        let publisher = self.publisher();
+        let published = publisher.published().map(|snapshot| (snapshot.id, Reason::Published));
+        let retiring = publisher.retiring().iter().map(|retiring| (retiring.snapshot.id, Reason::Retiring));
+        let kept: Vec<(SnapshotId, Reason)> = published.into_iter().chain(retiring).collect();
+        retention::plan(snapshots, &self.config.keep, &kept)
+    }
+
+    /// The publisher; whoever panicked with it in hand left it at a numbered step, which is as good as a crash there.
+    pub fn publisher(&self) -> MutexGuard<'_, Publisher> {
+        lock(&self.publisher)
+    }
+}
+
+/// What admission makes of an offer.
+#[derive(Debug)]
+pub enum Admitted {
+    /// It is here already.
+    Complete(Verified),
+    /// It can be applied.
+    Order(Order),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,153 @@
+//! The agent: a loop of cycles for every volume, until it is told to stop.
+
+use std::{sync::Arc, time::Duration};
+
+use common::{lock::Lock, signals, snapshot::Snapshot};
+use jiff::Timestamp;
+use tokio::{
+    task::{JoinSet, spawn_blocking},
+    time::sleep,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::Config,
+    create,
+    cycle::{CycleError, Volume},
+    report::{self, Reporter},
+    setup::{self, SetupError},
+};
+
+/// After a failed cycle: first this, then twice as long each time.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+/// At most this; a mirror that comes back is noticed within a minute.
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
+
+/// Runs cycles until a signal says stop.
+///
+/// # Errors
+/// The machine is not as the configuration says, or another agent holds a volume.
+pub async fn run(config: &Config) -> Result<(), SetupError> {
+    let volumes = setup::volumes(config)?;
+    let _locks = volumes.iter().map(setup::hold).collect::<Result<Vec<Lock>, _>>()?;
+    let shutdown = signals::shutdown_token()?;
+    tracing::info!(volumes = volumes.len(), receiver = config.receiver.address, "sender started");
+    let mut loops = JoinSet::new();
+    for volume in volumes {
+        loops.spawn(cycles(Arc::new(volume), shutdown.clone()));
+    }
+    while loops.join_next().await.is_some() {}
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// One cycle of every volume, one after the other. All are tried; the last error counts.
+///
+/// # Errors
+/// As [`run`], or a cycle's.
+pub async fn run_once(config: &Config, reporters: report::Style) -> Result<(), OnceError> {
+    let volumes = setup::volumes(config)?;
+    let _locks = volumes.iter().map(setup::hold).collect::<Result<Vec<Lock>, _>>()?;
+    let shutdown = signals::shutdown_token()?;
+    let mut failed = None;
+    for volume in &volumes {
+        let mut reporter = Reporter::new(&volume.config.name, reporters);
+        let cycle = async {
+            volume.take_snapshot().await?;
+            volume.ferry(&mut reporter, &shutdown).await?;
+            volume.prune().await
+        };
+        if let Err(error) = cycle.await {
+            report::cycle_failed(&volume.config.name, &error, None);
+            failed = Some(error);
+        }
+    }
+    failed.map_or(Ok(()), |error| Err(OnceError::Cycle(error)))
+}
+
+/// Why `run --once` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum OnceError {
+    /// Before any cycle.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// A cycle; it stands in the log already.
+    #[error(transparent)]
+    Cycle(CycleError),
+}
+
+/// The cycles of a volume, until the shutdown.
+async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
+    let mut retry = Retry::default();
+    while !shutdown.is_cancelled() {
+        let pause = match cycle(&volume, &shutdown).await {
+            Ok(()) => {
+                retry = Retry::default();
+                until_due(&volume).await
+            }
+            Err(error) if error.is_shutdown() => return,
+            Err(error) => {
+                let pause = retry.next();
+                report::cycle_failed(&volume.config.name, &error, Some(pause));
+                pause
+            }
+        };
+        tokio::select! {
+            () = sleep(pause) => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+}
+
+/// Snapshot if one is due, ferry, prune. Pruning is done after a failure too: snapshots must not pile up while the receiver is away.
+async fn cycle(volume: &Arc<Volume>, shutdown: &CancellationToken) -> Result<(), CycleError> {
+    if until_due(volume).await.is_zero() {
+        volume.take_snapshot().await?;
+    }
+    let mut reporter = Reporter::new(&volume.config.name, report::Style::Log);
+    let ferried = volume.ferry(&mut reporter, shutdown).await;
+    let pruned = volume.prune().await;
+    ferried?;
+    pruned
+}
+
+/// How long until the next snapshot is due; zero if it is, or if nobody knows.
+async fn until_due(volume: &Arc<Volume>) -> Duration {
+    let asked = Arc::clone(volume);
+    let found = spawn_blocking(move || asked.snapshots()).await;
+    let newest: Option<Snapshot> = match found {
+        Ok(Ok(found)) => found.into_iter().next().map(|found| found.snapshot),
+        // Taking a snapshot will meet the same trouble and say so.
+        Ok(Err(_)) | Err(_) => None,
+    };
+    create::due_in(newest.as_ref().map(|newest| &newest.name), Timestamp::now(), volume.config.interval)
+}
+
+/// Pauses between attempts: doubling, bounded, and never in step with the other volumes or senders.
+#[derive(Default)]
+struct Retry {
+    failures: u32,
+}
+
+impl Retry {
+    fn next(&mut self) -> Duration {
+        let doubled = FIRST_RETRY.saturating_mul(1 << self.failures.min(16));
+        self.failures += 1;
+        doubled.min(LONGEST_RETRY).mul_f64(0.75 + fastrand::f64() / 2.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_grow_to_a_bound_and_are_jittered() {
+        let mut retry = Retry::default();
+        let pauses: Vec<Duration> = (0..100).map(|_| retry.next()).collect();
+        assert!(pauses[0] <= FIRST_RETRY.mul_f64(1.25) && pauses[0] >= FIRST_RETRY.mul_f64(0.75), "{:?}", pauses[0]);
+        assert!(pauses[5] > pauses[0] * 8, "{:?}", pauses[5]);
+        assert!(pauses.iter().all(|pause| *pause <= LONGEST_RETRY.mul_f64(1.25)));
+        assert!(pauses[50..].iter().any(|pause| *pause != pauses[99]), "no jitter");
+    }
+}

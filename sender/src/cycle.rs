@@ -1,0 +1,276 @@
+//! One cycle of a volume, in the order of the words: snapshot, plan, transfer (the receiver verifies and publishes), prune.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use common::{
+    btrfs::{self, Found},
+    durable::{self, DurableError},
+    progress,
+    retention::{self, Reason},
+    snapshot::{Snapshot, SnapshotId},
+    stream::Total,
+    wire::message::{Inventory, Offer, Stage},
+};
+use serde::{Deserialize, Serialize};
+use tokio::{sync::mpsc, task::spawn_blocking};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config,
+    connect::{ConnectError, ReceiverLink, Route, connect},
+    create::{CreateError, Site},
+    pack,
+    plan::{Base, Plan, plan},
+    prune,
+    push::{Outcome, PushError, Transfer},
+    report::Reporter,
+    send::{SendError, Source, TotalPass},
+};
+
+/// An increment's total is usually known within this time; then the offer carries it. Else it follows.
+const QUICK_TOTAL: Duration = Duration::from_millis(300);
+
+/// A volume with all that its cycles need.
+pub struct Volume {
+    /// As configured.
+    pub config: config::Volume,
+    /// To the receiver.
+    pub route: Route,
+    /// Where the last confirmed base is remembered.
+    pub state_file: PathBuf,
+    /// How often a running transfer reports.
+    pub progress_interval: Duration,
+}
+
+/// What survives a restart: needed only to keep pruning safe while the receiver cannot be asked.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+pub struct State {
+    /// The newest snapshot of which the receiver said that it is published there.
+    pub confirmed: Option<Snapshot>,
+}
+
+/// What a cycle did.
+#[derive(Debug)]
+pub enum Done {
+    /// The newest snapshot was there already.
+    UpToDate(Snapshot),
+    /// A snapshot was sent and published.
+    Published(Snapshot),
+}
+
+/// Why a cycle ended early. Nothing is lost by it: the next one begins where the file system says.
+#[derive(Debug, thiserror::Error)]
+pub enum CycleError {
+    /// No snapshot could be taken.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// Our snapshots cannot be listed.
+    #[error(transparent)]
+    Btrfs(#[from] btrfs::BtrfsError),
+    /// There is none, and none was to be taken.
+    #[error("there is no snapshot of the volume in {0}")]
+    NoSnapshot(PathBuf),
+    /// The receiver.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The snapshot cannot be opened for sending.
+    #[error(transparent)]
+    Send(#[from] SendError),
+    /// The transfer.
+    #[error(transparent)]
+    Push(#[from] PushError),
+    /// The last confirmed base cannot be remembered.
+    #[error(transparent)]
+    State(#[from] DurableError),
+    /// We were told to stop.
+    #[error("interrupted by a shutdown")]
+    Shutdown,
+    /// A thread of ours died: a defect.
+    #[error("a thread of the cycle died; please report it")]
+    Died,
+}
+
+impl CycleError {
+    /// The stage of the cycle in which it ended.
+    pub fn stage(&self) -> Stage {
+        match self {
+            Self::Create(_) => Stage::Snapshot,
+            Self::Btrfs(_) | Self::NoSnapshot(_) | Self::Connect(_) | Self::Died => Stage::Plan,
+            Self::Push(PushError::Failed { stage, .. }) => *stage,
+            Self::Send(_) | Self::Push(_) | Self::Shutdown => Stage::Transfer,
+            Self::State(_) => Stage::Prune,
+        }
+    }
+
+    /// Whether the cycle ended because we were told to stop.
+    pub fn is_shutdown(&self) -> bool {
+        matches!(self, Self::Shutdown | Self::Push(PushError::Shutdown))
+    }
+}
+
+impl Volume {
+    /// Our snapshots of the volume, newest first.
+    ///
+    /// # Errors
+    /// The snapshot directory cannot be read.
+    pub fn snapshots(&self) -> Result<Vec<Found>, CycleError> {
+        Ok(btrfs::snapshots(&self.config.snapshot_dir, &self.config.name)?)
+    }
+
+    /// Takes a snapshot.
+    ///
+    /// # Errors
+    /// See [`CreateError`].
+    pub async fn take_snapshot(&self) -> Result<(), CycleError> {
+        let (source, dir, name) =
+            (self.config.source.clone(), self.config.snapshot_dir.clone(), self.config.name.clone());
+        let started = Instant::now();
+        let taken = blocking(move || Site::open(&source, &dir)?.create(&name, jiff::Timestamp::now())).await??;
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(volume = %self.config.name, snapshot = %taken.snapshot, seconds, "snapshot taken");
+        Ok(())
+    }
+
+    /// Sends the newest snapshot, if the receiver has not published it yet, and prunes.
+    ///
+    /// # Errors
+    /// See [`CycleError`].
+    pub async fn ferry(&self, reporter: &mut Reporter, shutdown: &CancellationToken) -> Result<Done, CycleError> {
+        let ferried = tokio::select! {
+            connected = connect(&self.route, &self.config.name) => {
+                let (mut link, inventory) = connected?;
+                let ferried = self.converse(&mut link, &inventory, reporter, shutdown).await;
+                link.close().await;
+                ferried
+            }
+            () = shutdown.cancelled() => Err(CycleError::Shutdown),
+        };
+        if let Ok(Done::UpToDate(snapshot) | Done::Published(snapshot)) = &ferried {
+            durable::store(&self.state_file, &State { confirmed: Some(snapshot.clone()) })?;
+        }
+        ferried
+    }
+
+    async fn converse(
+        &self,
+        link: &mut ReceiverLink,
+        inventory: &Inventory,
+        reporter: &mut Reporter,
+        shutdown: &CancellationToken,
+    ) -> Result<Done, CycleError> {
+        let found = self.snapshots()?;
+        let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
+        match plan(&ours, inventory) {
+            Plan::NoSnapshot => Err(CycleError::NoSnapshot(self.config.snapshot_dir.clone())),
+            Plan::UpToDate(snapshot) => {
+                tracing::info!(volume = %self.config.name, snapshot = %snapshot, "nothing to send");
+                Ok(Done::UpToDate(snapshot))
+            }
+            Plan::Send { snapshot, base } => {
+                let source = open(&found, &snapshot, &base)?;
+                self.send(link, inventory, (&snapshot, &base), &source, reporter, shutdown).await?;
+                Ok(Done::Published(snapshot))
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        link: &mut ReceiverLink,
+        inventory: &Inventory,
+        (snapshot, base): (&Snapshot, &Base),
+        source: &Source,
+        reporter: &mut Reporter,
+        shutdown: &CancellationToken,
+    ) -> Result<(), CycleError> {
+        let started = Instant::now();
+        let stream_version = inventory.stream_version.min(btrfs::stream_version()?);
+        let (total, later) = self.total(source, stream_version, base).await?;
+        let offer = Offer {
+            snapshot: snapshot.clone(),
+            base: base.snapshot().cloned(),
+            stream_version,
+            digest: self.config.digest,
+            root_times: source.root_times()?,
+            total,
+        };
+        reporter.started(snapshot, base, total);
+        let transfer = Transfer {
+            source,
+            offer,
+            options: pack::Options { digest: self.config.digest, compress: self.config.compression.is_on() },
+            shutdown,
+            progress_interval: self.progress_interval,
+            total: later,
+        };
+        let outcome: Outcome = transfer.push(link, reporter).await?;
+        reporter.finished(snapshot, base, &outcome, started.elapsed());
+        Ok(())
+    }
+
+    /// The exact total: at once for what is quick, else through the channel, at idle priority beside the send.
+    async fn total(
+        &self,
+        source: &Source,
+        stream_version: u32,
+        base: &Base,
+    ) -> Result<(Option<Total>, Option<mpsc::Receiver<Total>>), CycleError> {
+        let mut pass: TotalPass = source.total(stream_version)?;
+        if base.snapshot().is_some()
+            && let Some(total) = pass.wait(QUICK_TOTAL).await
+        {
+            return Ok((Some(total?), None));
+        }
+        pass.be_idle();
+        Ok((None, Some(pass.into_channel())))
+    }
+
+    /// Deletes what retention lets go; never the newest, never the last confirmed base.
+    ///
+    /// # Errors
+    /// What cannot be read; a snapshot that cannot be deleted is logged and tried again after the next cycle.
+    pub async fn prune(&self) -> Result<(), CycleError> {
+        let found = self.snapshots()?;
+        let plan = self.retention(&found)?;
+        let doomed: Vec<Found> = found.into_iter().filter(|found| plan.delete.contains(&found.snapshot)).collect();
+        if doomed.is_empty() {
+            return Ok(());
+        }
+        let name = self.config.name.clone();
+        blocking(move || prune::delete(&name, &doomed)).await
+    }
+
+    /// What retention says of `found`.
+    ///
+    /// # Errors
+    /// The state file cannot be read: then nothing may be deleted.
+    pub fn retention(&self, found: &[Found]) -> Result<retention::Plan, CycleError> {
+        let state: State = durable::load(&self.state_file)?.unwrap_or_default();
+        let base: Vec<(SnapshotId, Reason)> =
+            state.confirmed.iter().map(|confirmed| (confirmed.id, Reason::Base)).collect();
+        let snapshots: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
+        Ok(retention::plan(&snapshots, &self.config.keep, &base))
+    }
+}
+
+/// Opens the snapshot and its base for sending.
+///
+/// # Errors
+/// One of them vanished in between.
+pub fn open(found: &[Found], snapshot: &Snapshot, base: &Base) -> Result<Source, SendError> {
+    let path = |wanted: &Snapshot| {
+        found.iter().find(|found| found.snapshot.id == wanted.id).map(|found| found.path.as_path())
+    };
+    let (Some(snapshot), base) = (path(snapshot), base.snapshot().and_then(path)) else {
+        return Err(SendError::Vanished(snapshot.clone()));
+    };
+    Source::open(snapshot, base)
+}
+
+/// Runs what blocks in a thread that may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, CycleError> {
+    spawn_blocking(work).await.map_err(|_| CycleError::Died)
+}

@@ -1,0 +1,155 @@
+//! What a cycle has to send: a pure function of what both sides have. `plan` prints its result, `cycle` executes it.
+
+use std::fmt;
+
+use common::{
+    snapshot::{Snapshot, SnapshotId},
+    wire::message::Inventory,
+};
+
+/// What a cycle has to send.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Plan {
+    /// There is no snapshot yet.
+    NoSnapshot,
+    /// The newest snapshot is on the other side, and published.
+    UpToDate(Snapshot),
+    /// Send `snapshot`; if the receiver has it already, complete but unpublished, it only publishes it.
+    Send {
+        /// The newest of ours.
+        snapshot: Snapshot,
+        /// What the stream starts from.
+        base: Base,
+    },
+}
+
+/// What a send starts from, with the reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Base {
+    /// The newest of our snapshots that the receiver has too.
+    Common(Snapshot),
+    /// The receiver has nothing of this volume: a full send, as expected.
+    FirstTransfer,
+    /// The receiver has snapshots, but none that we have too: a full send that nobody hoped for.
+    NoneInCommon {
+        /// How many snapshots the receiver has that are of no use.
+        theirs: usize,
+    },
+}
+
+impl Base {
+    /// The snapshot, unless the send is full.
+    pub fn snapshot(&self) -> Option<&Snapshot> {
+        match self {
+            Self::Common(base) => Some(base),
+            Self::FirstTransfer | Self::NoneInCommon { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Common(base) => write!(f, "{base} (the newest that both sides have)"),
+            Self::FirstTransfer => f.write_str("none, a full send (the receiver has nothing of this volume yet)"),
+            Self::NoneInCommon { theirs } => {
+                write!(f, "none, a full send (the receiver has {theirs} snapshots, but none that is here too)")
+            }
+        }
+    }
+}
+
+/// Decides what to send. `ours` are our read-only snapshots of the volume, in any order.
+///
+/// A snapshot is older or newer by its ctransid, not by a clock. A base must be older than what is sent: the kernel would
+/// compute a difference backwards too, but a replica that goes back in time is never what an operator expects.
+pub fn plan(ours: &[Snapshot], inventory: &Inventory) -> Plan {
+    let Some(newest) = ours.iter().max_by_key(|snapshot| snapshot.id.ctransid) else {
+        return Plan::NoSnapshot;
+    };
+    if inventory.published.as_ref().is_some_and(|published| published.id == newest.id) {
+        return Plan::UpToDate(newest.clone());
+    }
+    let theirs = |id: SnapshotId| inventory.snapshots.iter().any(|snapshot| snapshot.id == id);
+    let common = ours
+        .iter()
+        .filter(|snapshot| snapshot.id.ctransid < newest.id.ctransid && theirs(snapshot.id))
+        .max_by_key(|snapshot| snapshot.id.ctransid);
+    let base = match common {
+        Some(base) => Base::Common(base.clone()),
+        None if inventory.snapshots.is_empty() => Base::FirstTransfer,
+        None => Base::NoneInCommon { theirs: inventory.snapshots.len() },
+    };
+    Plan::Send { snapshot: newest.clone(), base }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The n-th snapshot of a volume; its name says the same as its number unless `name` differs (a clock that went back).
+    fn snapshot(number: u64, name: u64) -> Snapshot {
+        let uuid = uuid::Uuid::from_u128(u128::from(number));
+        Snapshot {
+            name: format!("v.20260101T0000{name:02}Z").parse().unwrap(),
+            id: SnapshotId { uuid, ctransid: number },
+        }
+    }
+
+    fn inventory(snapshots: &[u64], published: Option<u64>) -> Inventory {
+        Inventory {
+            snapshots: snapshots.iter().map(|&n| snapshot(n, n)).collect(),
+            published: published.map(|n| snapshot(n, n)),
+            unfinished: None,
+            stream_version: 2,
+        }
+    }
+
+    fn ours(numbers: &[u64]) -> Vec<Snapshot> {
+        numbers.iter().map(|&n| snapshot(n, n)).collect()
+    }
+
+    #[test]
+    fn the_base_is_the_newest_that_both_sides_have() {
+        let expected = Plan::Send { snapshot: snapshot(5, 5), base: Base::Common(snapshot(3, 3)) };
+        assert_eq!(plan(&ours(&[1, 2, 3, 5]), &inventory(&[1, 3, 4], Some(3))), expected);
+        assert_eq!(plan(&ours(&[5, 3, 2, 1]), &inventory(&[4, 1, 3], Some(4))), expected, "order does not matter");
+    }
+
+    #[test]
+    fn newer_is_what_the_file_system_says_not_what_a_clock_said() {
+        let ours = [snapshot(7, 50), snapshot(8, 10)];
+        let Plan::Send { snapshot: sent, base } = plan(&ours, &inventory(&[7], Some(7))) else { panic!("nothing to send") };
+        assert_eq!((sent.id.ctransid, base), (8, Base::Common(snapshot(7, 50))));
+    }
+
+    #[test]
+    fn nothing_is_sent_when_the_newest_is_published_and_it_is_offered_when_it_only_arrived() {
+        assert_eq!(plan(&ours(&[1, 2]), &inventory(&[2, 1], Some(2))), Plan::UpToDate(snapshot(2, 2)));
+        assert_eq!(
+            plan(&ours(&[1, 2]), &inventory(&[2, 1], Some(1))),
+            Plan::Send { snapshot: snapshot(2, 2), base: Base::Common(snapshot(1, 1)) }
+        );
+        assert_eq!(plan(&[], &inventory(&[2], Some(2))), Plan::NoSnapshot);
+    }
+
+    #[test]
+    fn a_full_send_is_told_apart_from_a_lost_base() {
+        let base = |inventory| match plan(&ours(&[4, 5]), &inventory) {
+            Plan::Send { base, .. } => base,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(base(inventory(&[], None)), Base::FirstTransfer);
+        assert_eq!(base(inventory(&[1, 2], Some(2))), Base::NoneInCommon { theirs: 2 });
+        assert_eq!(base(inventory(&[9], Some(9))), Base::NoneInCommon { theirs: 1 }, "what is newer is no base");
+    }
+
+    #[test]
+    fn the_same_uuid_with_another_ctransid_is_another_snapshot() {
+        let mut theirs = inventory(&[3], Some(3));
+        theirs.snapshots[0].id.ctransid = 2;
+        theirs.published = None;
+        let Plan::Send { base, .. } = plan(&ours(&[3, 5]), &theirs) else { panic!("nothing to send") };
+        assert_eq!(base, Base::NoneInCommon { theirs: 1 });
+    }
+}

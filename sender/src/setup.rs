@@ -1,0 +1,70 @@
+//! From the configuration to volumes that can run: certificates read, directories made, locks held.
+
+use std::{io, path::PathBuf};
+
+use common::{
+    lock::{Lock, LockError},
+    tls::{Connector, Credentials, TlsError},
+};
+
+use crate::{config::Config, connect::Route, cycle::Volume};
+
+/// Why the agent cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// Certificates, key, peers.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// A directory that the agent needs.
+    #[error("cannot make the directory {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another agent holds the volume, or its lock cannot be had.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// Signals cannot be caught.
+    #[error("cannot catch signals")]
+    Signals(#[from] io::Error),
+}
+
+/// The volumes of the configuration.
+///
+/// # Errors
+/// See [`SetupError`].
+pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
+    directory(&config.agent.state_dir)?;
+    let credentials = Credentials::load(&config.tls.certificate, &config.tls.private_key)?;
+    let volume = |volume: &crate::config::Volume| {
+        directory(&volume.snapshot_dir)?;
+        Ok(Volume {
+            config: volume.clone(),
+            route: Route {
+                address: config.receiver.address.clone(),
+                connect_timeout: config.receiver.connect_timeout,
+                connector: Connector::new(&credentials, &config.tls.peers)?,
+                agent: config.agent.name.clone(),
+            },
+            state_file: config.agent.state_dir.join(format!("{}.toml", volume.name)),
+            progress_interval: config.log.progress_interval,
+        })
+    };
+    config.volumes.iter().map(volume).collect()
+}
+
+/// Takes the volume for this process. The lock lies beside the snapshots, so that two agents meet at it whatever their state
+/// directories are.
+///
+/// # Errors
+/// [`SetupError::Lock`].
+pub fn hold(volume: &Volume) -> Result<Lock, SetupError> {
+    let file = volume.config.snapshot_dir.join(format!(".{}.lock", volume.config.name));
+    Ok(Lock::acquire(&file)?)
+}
+
+fn directory(path: &PathBuf) -> Result<(), SetupError> {
+    std::fs::create_dir_all(path).map_err(|source| SetupError::Directory { path: path.clone(), source })
+}

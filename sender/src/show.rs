@@ -1,0 +1,142 @@
+//! `plan` and `snapshots`: what would be done, and what is there, as text. Neither changes anything.
+
+use common::{
+    btrfs::{self, Found},
+    retention,
+    size::{human_bytes, human_duration},
+    snapshot::Snapshot,
+    stream::Total,
+    wire::message::Inventory,
+};
+use jiff::Timestamp;
+
+use crate::{
+    config::Config,
+    connect::connect,
+    create,
+    cycle::{self, CycleError, Volume},
+    plan::{self, Base, Plan},
+    setup::{self, SetupError},
+};
+
+/// Why there is nothing to show.
+#[derive(Debug, thiserror::Error)]
+pub enum ShowError {
+    /// The configuration does not fit the machine.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// As in a cycle.
+    #[error(transparent)]
+    Cycle(#[from] CycleError),
+}
+
+/// Prints what the next cycle would do, and why.
+///
+/// # Errors
+/// The receiver must be reachable: the base depends on what it has.
+pub async fn plan(config: &Config) -> Result<(), ShowError> {
+    for volume in setup::volumes(config)? {
+        println!("volume {}", volume.config.name);
+        let inventory = inventory(&volume).await?;
+        let found = volume.snapshots()?;
+        say_snapshot(&volume, &found);
+        say_transfer(&found, &inventory).await?;
+        say_pruning(&volume.retention(&found)?);
+    }
+    Ok(())
+}
+
+/// Prints our snapshots and which of them the receiver has.
+///
+/// # Errors
+/// As [`plan`].
+pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
+    for volume in setup::volumes(config)? {
+        println!("volume {}", volume.config.name);
+        let inventory = inventory(&volume).await?;
+        let found = volume.snapshots()?;
+        let kept = volume.retention(&found)?.keep;
+        for found in &found {
+            let there = receiver_has(&inventory, &found.snapshot);
+            let why = kept.iter().find(|(kept, _)| *kept == found.snapshot).map_or(String::new(), |(_, reasons)| {
+                let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+                format!("kept: {}", reasons.join(", "))
+            });
+            println!("  {:<40} {:<22} {why}", found.snapshot.to_string(), there);
+        }
+        if found.is_empty() {
+            println!("  none");
+        }
+    }
+    Ok(())
+}
+
+async fn inventory(volume: &Volume) -> Result<Inventory, CycleError> {
+    let (link, inventory) = connect(&volume.route, &volume.config.name).await?;
+    link.close().await;
+    Ok(inventory)
+}
+
+fn receiver_has(inventory: &Inventory, snapshot: &Snapshot) -> &'static str {
+    if inventory.published.as_ref().is_some_and(|published| published.id == snapshot.id) {
+        "published"
+    } else if inventory.snapshots.iter().any(|theirs| theirs.id == snapshot.id) {
+        "on the receiver"
+    } else {
+        "only here"
+    }
+}
+
+fn say_snapshot(volume: &Volume, found: &[Found]) {
+    let newest = found.first().map(|found| &found.snapshot);
+    let due = create::due_in(newest.map(|newest| &newest.name), Timestamp::now(), volume.config.interval);
+    match newest {
+        None => println!("  snapshot  is taken at once: there is none yet"),
+        Some(newest) if due.is_zero() => println!(
+            "  snapshot  is taken at once: {newest} is older than {}; the figures below are those of {newest}",
+            human_duration(volume.config.interval)
+        ),
+        Some(newest) => println!("  snapshot  {newest}; the next is due in {}", human_duration(due)),
+    }
+}
+
+async fn say_transfer(found: &[Found], inventory: &Inventory) -> Result<(), CycleError> {
+    let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
+    match plan::plan(&ours, inventory) {
+        Plan::NoSnapshot => println!("  transfer  the first snapshot, in full"),
+        Plan::UpToDate(snapshot) => println!("  transfer  nothing: {snapshot} is published"),
+        Plan::Send { snapshot, base } => {
+            let total = total(found, &snapshot, &base, inventory).await?;
+            println!("  transfer  {snapshot}");
+            println!("  base      {base}");
+            println!(
+                "  size      {} in {} files ({} of file data)",
+                human_bytes(total.bytes),
+                total.files,
+                human_bytes(total.data_bytes)
+            );
+        }
+    }
+    Ok(())
+}
+
+async fn total(
+    found: &[Found],
+    snapshot: &Snapshot,
+    base: &Base,
+    inventory: &Inventory,
+) -> Result<Total, CycleError> {
+    let version = inventory.stream_version.min(btrfs::stream_version()?);
+    let source = cycle::open(found, snapshot, base)?;
+    let mut pass = source.total(version)?;
+    Ok(pass.finish().await?)
+}
+
+fn say_pruning(plan: &retention::Plan) {
+    if plan.delete.is_empty() {
+        println!("  prune     nothing");
+    }
+    for snapshot in &plan.delete {
+        println!("  prune     {snapshot}");
+    }
+}
