@@ -6,6 +6,7 @@
 pub mod durable;
 pub mod exit;
 pub mod btrfs;
+pub mod crash;
 pub mod link;
 pub mod lock;
 pub mod log;
