@@ -3,8 +3,10 @@
 //! Pure modules (`snapshot`, `retention`, `stream`, `wire`, `size`, `progress`) know no clock, no file system, no process and
 //! no tokio. The others are leaves: each wraps one thing of the outside world and knows nothing of the wire.
 
+pub mod config;
 pub mod durable;
 pub mod exit;
+pub mod findings;
 pub mod btrfs;
 pub mod crash;
 pub mod link;

@@ -1,8 +1,6 @@
 //! `check`: what is wrong with the machine, given a configuration that is right in itself.
 
-use std::path::Path;
-
-use common::{btrfs, exit::{Exit, chain}, size::human_duration};
+use common::{btrfs, exit::Exit, findings::Findings, size::human_duration};
 
 use crate::{
     config::{Config, Volume},
@@ -11,47 +9,15 @@ use crate::{
     setup,
 };
 
-/// Findings, printed as they come.
-#[derive(Default)]
-struct Findings {
-    errors: usize,
-}
-
-impl Findings {
-    fn good(text: &str) {
-        println!("ok       {text}");
-    }
-
-    fn note(text: &str) {
-        println!("warning  {text}");
-    }
-
-    fn bad(&mut self, text: &str) {
-        self.errors += 1;
-        println!("error    {text}");
-    }
-
-    fn judge<T>(&mut self, good: &str, result: Result<T, impl std::error::Error + 'static>) -> Option<T> {
-        match result {
-            Ok(value) => {
-                Self::good(good);
-                Some(value)
-            }
-            Err(error) => {
-                self.bad(&chain(&error));
-                None
-            }
-        }
-    }
-}
+/// Nested subvolumes that are named; the number of all is said too.
+const NAMED: usize = 5;
 
 /// Checks everything and says what it found. [`Exit::Failed`] if anything is in the way of a cycle.
 pub async fn check(config: &Config) -> Exit {
     let mut findings = Findings::default();
-    Findings::good("the configuration");
-    if !rustix::process::geteuid().is_root() {
-        findings.bad("not root: snapshots and BTRFS_IOC_SEND need CAP_SYS_ADMIN; run it with sudo or as a system service");
-    }
+    findings.good("the configuration");
+    findings.root();
+    findings.judge("the kernel's btrfs", btrfs::stream_version());
     for volume in &config.volumes {
         check_volume(&mut findings, volume);
     }
@@ -64,31 +30,31 @@ pub async fn check(config: &Config) -> Exit {
             }
         }
     }
-    if findings.errors == 0 { Exit::Done } else { Exit::Failed }
+    findings.exit()
 }
 
 fn check_volume(findings: &mut Findings, volume: &Volume) {
     let name = &volume.name;
+    let good = format!(
+        "{name}: {} is a subvolume, {} is on its file system",
+        volume.source.display(),
+        volume.snapshot_dir.display()
+    );
     let site = Site::open(&volume.source, &volume.snapshot_dir);
-    let good = format!("{name}: {} is a subvolume, {} is on its file system", show(&volume.source), show(&volume.snapshot_dir));
     let Some(site) = findings.judge(&good, site) else { return };
     match site.source().nested() {
-        Ok(nested) if nested.is_empty() => Findings::good(&format!("{name}: no nested subvolumes")),
-        Ok(nested) => Findings::note(&format!(
+        Ok(nested) if nested.is_empty() => findings.good(&format!("{name}: no nested subvolumes")),
+        Ok(nested) => findings.note(&format!(
             "{name}: {} nested subvolumes are not part of a snapshot and arrive as empty directories: {}",
             nested.len(),
-            nested.iter().take(5).map(|path| show(path)).collect::<Vec<_>>().join(", ")
+            nested.iter().take(NAMED).map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
         )),
-        Err(error) => findings.bad(&chain(&error)),
+        Err(error) => findings.error(&error),
     }
     match btrfs::has_qgroups(&volume.source) {
-        Ok(true) => Findings::note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)")),
-        Ok(false) => Findings::good(&format!("{name}: quotas are off")),
-        Err(error) => findings.bad(&chain(&error)),
+        Ok(true) => findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)")),
+        Ok(false) => findings.good(&format!("{name}: quotas are off")),
+        Err(error) => findings.error(&error),
     }
-    Findings::good(&format!("{name}: a snapshot every {}", human_duration(volume.interval)));
-}
-
-fn show(path: &Path) -> String {
-    path.display().to_string()
+    findings.good(&format!("{name}: a snapshot every {}", human_duration(volume.interval)));
 }

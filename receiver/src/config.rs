@@ -1,0 +1,200 @@
+//! receiver.toml: raw as it stands in the file, then legal by construction.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use common::{
+    config::{
+        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawTls, Source, Spanned, Tls, Wrong, all_different,
+        at_least,
+    },
+    retention::Policy,
+    size::Span,
+    snapshot::VolumeName,
+};
+use serde::{Deserialize, Deserializer};
+
+/// Where state is kept unless the file says otherwise.
+const STATE_DIR: &str = "/var/lib/snapferry-receiver";
+
+/// receiver.toml
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `[agent]`
+    pub agent: Agent,
+    /// `[tls]`
+    pub tls: Tls,
+    /// `[listen]`
+    pub listen: Listen,
+    /// `[[volume]]`, at least one.
+    pub volumes: Vec<Volume>,
+    /// `[rsync]`
+    pub rsync: Rsync,
+    /// `[log]`
+    pub log: Log,
+}
+
+/// `[listen]`
+#[derive(Debug, Clone)]
+pub struct Listen {
+    /// `address:port`
+    pub address: String,
+}
+
+/// `[[volume]]`
+#[derive(Debug, Clone)]
+pub struct Volume {
+    /// The volume's name, the same on the sender; also the name of the rsync module.
+    pub name: VolumeName,
+    /// Where received snapshots are: a directory on btrfs.
+    pub store: PathBuf,
+    /// The directory that belongs to the agent and holds `live/tree`.
+    pub publish: PathBuf,
+    /// Which snapshots stay here.
+    pub keep: Policy,
+}
+
+/// `[rsync]`
+#[derive(Debug, Clone)]
+pub struct Rsync {
+    /// Who runs the daemon.
+    pub mode: RsyncMode,
+    /// Where it listens.
+    pub address: IpAddr,
+    /// Where it listens.
+    pub port: u16,
+    /// As whom it reads the files.
+    pub user: String,
+    /// A client that says nothing for so long is sent away.
+    pub timeout: Duration,
+    /// Clients at a time; 0 for any number.
+    pub max_connections: u32,
+}
+
+/// Who runs the rsync daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RsyncMode {
+    /// The agent.
+    #[default]
+    Supervised,
+    /// Somebody else, with the configuration that the agent writes.
+    External,
+    /// Nobody.
+    Off,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    agent: RawAgent,
+    tls: Spanned<RawTls>,
+    #[serde(default)]
+    listen: RawListen,
+    volume: Spanned<Vec<RawVolume>>,
+    #[serde(default)]
+    rsync: RawRsync,
+    #[serde(default)]
+    log: RawLog,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawListen {
+    address: Option<HostPort>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVolume {
+    name: Spanned<VolumeName>,
+    store: PathBuf,
+    publish: Spanned<PathBuf>,
+    keep: Option<RawKeep>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRsync {
+    #[serde(default)]
+    mode: RsyncMode,
+    address: Option<Address>,
+    port: Option<u16>,
+    user: Option<Spanned<String>>,
+    timeout: Option<Spanned<Span>>,
+    max_connections: Option<u32>,
+}
+
+/// An IP address, an IPv6 one with or without brackets.
+struct Address(IpAddr);
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(&text);
+        bare.parse().map(Self).map_err(|_| {
+            serde::de::Error::custom(format_args!("an address is an IP address as in \"[::]\" or \"0.0.0.0\", not {text:?}"))
+        })
+    }
+}
+
+impl Config {
+    /// Reads and judges the file.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its place.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let source = Source::read(path)?;
+        let raw: RawConfig = source.parse()?;
+        raw.judge(&source).map_err(|wrong| source.wrong(wrong))
+    }
+}
+
+impl RawConfig {
+    fn judge(self, source: &Source) -> Result<Config, Wrong> {
+        if self.volume.get_ref().is_empty() {
+            return Err(Wrong::at(&self.volume, "at least one [[volume]] is needed"));
+        }
+        all_different(self.volume.get_ref().iter().map(|volume| &volume.name), "volume")?;
+        let volumes = self.volume.into_inner().into_iter().map(|volume| volume.judge(source));
+        Ok(Config {
+            agent: self.agent.judge(source, STATE_DIR)?,
+            tls: RawTls::judge(self.tls, source)?,
+            listen: Listen { address: self.listen.address.map_or_else(|| "[::]:7440".to_owned(), |address| address.0) },
+            volumes: volumes.collect::<Result<_, _>>()?,
+            rsync: self.rsync.judge()?,
+            log: self.log.judge()?,
+        })
+    }
+}
+
+impl RawVolume {
+    fn judge(self, source: &Source) -> Result<Volume, Wrong> {
+        let (store, publish) = (source.resolve(&self.store), source.resolve(self.publish.get_ref()));
+        if publish.starts_with(&store) || store.starts_with(&publish) {
+            return Err(Wrong::at(&self.publish, "publish and store are two directories, neither inside the other"));
+        }
+        Ok(Volume { name: self.name.into_inner(), store, publish, keep: RawKeep::policy(self.keep) })
+    }
+}
+
+impl RawRsync {
+    fn judge(self) -> Result<Rsync, Wrong> {
+        if let Some(user) = &self.user
+            && (user.get_ref().is_empty() || !user.get_ref().bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b)))
+        {
+            return Err(Wrong::at(user, "user is the name of an account, of the characters A-Z a-z 0-9 _ - ."));
+        }
+        Ok(Rsync {
+            mode: self.mode,
+            address: self.address.map_or(IpAddr::from([0u16; 8]), |address| address.0),
+            port: self.port.unwrap_or(873),
+            user: self.user.map_or_else(|| "nobody".to_owned(), Spanned::into_inner),
+            timeout: at_least(self.timeout, Duration::from_secs(1), Duration::from_secs(600), "timeout")?,
+            max_connections: self.max_connections.unwrap_or(0),
+        })
+    }
+}

@@ -1,0 +1,169 @@
+//! sender.toml: raw as it stands in the file, then legal by construction.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use common::{
+    config::{
+        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawTls, Source, Spanned, Tls, Wrong, all_different,
+        at_least,
+    },
+    retention::Policy,
+    size::Span,
+    snapshot::VolumeName,
+    stream::DigestScope,
+};
+use serde::Deserialize;
+
+/// Where state is kept unless the file says otherwise.
+const STATE_DIR: &str = "/var/lib/snapferry-sender";
+
+/// sender.toml
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `[agent]`
+    pub agent: Agent,
+    /// `[tls]`
+    pub tls: Tls,
+    /// `[receiver]`
+    pub receiver: Receiver,
+    /// `[[volume]]`, at least one.
+    pub volumes: Vec<Volume>,
+    /// `[log]`
+    pub log: Log,
+}
+
+/// `[receiver]`
+#[derive(Debug, Clone)]
+pub struct Receiver {
+    /// `host:port`
+    pub address: String,
+    /// How long TCP and TLS may take together.
+    pub connect_timeout: Duration,
+}
+
+/// `[[volume]]`
+#[derive(Debug, Clone)]
+pub struct Volume {
+    /// The volume's name, the same on the receiver.
+    pub name: VolumeName,
+    /// The subvolume that is replicated.
+    pub source: PathBuf,
+    /// Where its snapshots are: on the same file system, outside the source.
+    pub snapshot_dir: PathBuf,
+    /// A snapshot every so often.
+    pub interval: Duration,
+    /// Which snapshots stay here.
+    pub keep: Policy,
+    /// What the stream digest covers.
+    pub digest: DigestScope,
+    /// Whether blocks that shrink are compressed.
+    pub compression: Compression,
+}
+
+/// Compression of blocks on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// zstd where it shrinks a block.
+    #[default]
+    Zstd,
+    /// Never.
+    None,
+}
+
+impl Compression {
+    /// Whether anything is compressed.
+    pub fn is_on(self) -> bool {
+        self == Self::Zstd
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    agent: RawAgent,
+    tls: Spanned<RawTls>,
+    receiver: RawReceiver,
+    volume: Spanned<Vec<RawVolume>>,
+    #[serde(default)]
+    log: RawLog,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawReceiver {
+    address: HostPort,
+    connect_timeout: Option<Spanned<Span>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVolume {
+    name: Spanned<VolumeName>,
+    source: PathBuf,
+    snapshot_dir: Spanned<PathBuf>,
+    interval: Option<Spanned<Span>>,
+    keep: Option<RawKeep>,
+    #[serde(default)]
+    digest: DigestScope,
+    #[serde(default)]
+    compression: Compression,
+}
+
+impl Config {
+    /// Reads and judges the file.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its place.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let source = Source::read(path)?;
+        let raw: RawConfig = source.parse()?;
+        raw.judge(&source).map_err(|wrong| source.wrong(wrong))
+    }
+}
+
+impl RawConfig {
+    fn judge(self, source: &Source) -> Result<Config, Wrong> {
+        if self.volume.get_ref().is_empty() {
+            return Err(Wrong::at(&self.volume, "at least one [[volume]] is needed"));
+        }
+        all_different(self.volume.get_ref().iter().map(|volume| &volume.name), "volume")?;
+        let volumes = self.volume.into_inner().into_iter().map(|volume| volume.judge(source));
+        Ok(Config {
+            agent: self.agent.judge(source, STATE_DIR)?,
+            tls: RawTls::judge(self.tls, source)?,
+            receiver: Receiver {
+                address: self.receiver.address.0,
+                connect_timeout: at_least(
+                    self.receiver.connect_timeout,
+                    Duration::from_millis(100),
+                    Duration::from_secs(10),
+                    "connect_timeout",
+                )?,
+            },
+            volumes: volumes.collect::<Result<_, _>>()?,
+            log: self.log.judge()?,
+        })
+    }
+}
+
+impl RawVolume {
+    fn judge(self, source: &Source) -> Result<Volume, Wrong> {
+        let (from, into) = (source.resolve(&self.source), source.resolve(self.snapshot_dir.get_ref()));
+        if into.starts_with(&from) {
+            return Err(Wrong::at(&self.snapshot_dir, "snapshot_dir lies outside the source, on the same file system"));
+        }
+        Ok(Volume {
+            name: self.name.into_inner(),
+            source: from,
+            snapshot_dir: into,
+            interval: at_least(self.interval, Duration::from_secs(1), Duration::from_secs(3600), "interval")?,
+            keep: RawKeep::policy(self.keep),
+            digest: self.digest,
+            compression: self.compression,
+        })
+    }
+}
