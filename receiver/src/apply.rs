@@ -20,6 +20,7 @@ use std::{
 
 use bytes::Bytes;
 use common::{
+    btrfs,
     snapshot::{SnapshotId, VolumeName},
     stream::{
         Canonical, Command, Expectation, FileCounter, Item, Kind, SegmentHead, SegmentWriter, StreamDigest, StreamError, Validator,
@@ -38,7 +39,7 @@ use zstd::bulk::Decompressor;
 use crate::{
     jail::{Jail, JailError},
     receive::{Receive, ReceiveError, Stopper},
-    store::{Store, StoreError},
+    store::{Store, StoreError, segment_name},
     verify::{self, Verified, VerifyError},
 };
 
@@ -227,24 +228,22 @@ impl Drop for Application {
 
 /// The whole life of the thread.
 fn apply(order: &Order, feed: mpsc::Receiver<Feed>, gauge: &Gauge, stopper: &Stopper) -> Result<Verified, ApplyError> {
-    let applied = Jail::enter(order.store.path(), &order.mount_point)
+    let applied = Jail::enter(order.store.dir(), &order.mount_point)
         .map_err(ApplyError::from)
         .and_then(|jail| Pipeline::new(order, &jail, gauge, stopper)?.run(feed));
-    // Also after success: the first segment has done its duty once the last one stands.
-    let swept = order.store.sweep();
-    match (applied, swept) {
-        (Ok(verified), Ok(_)) => Ok(verified),
-        (Ok(verified), Err(error)) => {
-            tracing::warn!(volume = %order.volume, error = %error, "a leftover stays; it is tried again before the next transfer");
-            Ok(verified)
-        }
-        (Err(error), swept) => {
-            if let Err(sweep) = swept {
-                tracing::warn!(volume = %order.volume, error = %sweep, "a leftover stays; it is tried again before the next transfer");
-            }
-            Err(error)
-        }
+    let cleared = match &applied {
+        Ok(_) => clear_segment(order),
+        Err(_) => order.store.sweep().map(drop),
+    };
+    if let Err(error) = cleared {
+        tracing::warn!(volume = %order.volume, error = %error, "a leftover stays; it is tried again before the next transfer");
     }
+    applied
+}
+
+/// The first segment has done its duty once the last one stands.
+fn clear_segment(order: &Order) -> Result<(), StoreError> {
+    Ok(btrfs::delete(&order.store.dir().join(segment_name(&order.offer.snapshot.name, 1)))?)
 }
 
 /// Everything between a block and the pipe.
@@ -386,7 +385,7 @@ impl<'a> Segments<'a> {
     fn begin(order: &'a Order, store_path: &Path, gauge: &'a Gauge, stopper: &Stopper) -> Result<Self, ApplyError> {
         let offer = &order.offer;
         let head = SegmentHead {
-            name: format!("{}.segment-1", offer.snapshot.name),
+            name: segment_name(&offer.snapshot.name, 1),
             uuid: Uuid::new_v4(),
             snapshot: offer.snapshot.id,
             origin: offer.base.as_ref().map(|base| base.id),

@@ -29,16 +29,16 @@ pub enum ShowError {
 pub fn snapshots(config: &Config) -> Result<(), ShowError> {
     for volume in &config.volumes {
         println!("volume {}", volume.name);
-        let store = Store::open(&volume.store, &volume.name)?;
+        let store = Store::open(&volume.store, volume.name.clone())?;
         let kept = states(volume, config)?;
-        let complete = store.complete()?;
+        let complete = store.snapshots()?;
         for found in &complete {
             let states: Vec<String> =
                 kept.iter().filter(|(id, _)| *id == found.snapshot.id).map(|(_, reason)| reason.to_string()).collect();
             println!("  {:<40} {}", found.snapshot.to_string(), states.join(", "));
         }
         for leftover in store.leftovers()? {
-            println!("  {:<40} unfinished", leftover.display());
+            println!("  {:<40} unfinished", leftover.snapshot.to_string());
         }
         if complete.is_empty() {
             println!("  none");
@@ -54,8 +54,8 @@ pub fn snapshots(config: &Config) -> Result<(), ShowError> {
 pub fn retention(config: &Config) -> Result<(), ShowError> {
     for volume in &config.volumes {
         println!("volume {}", volume.name);
-        let store = Store::open(&volume.store, &volume.name)?;
-        let snapshots: Vec<Snapshot> = store.complete()?.into_iter().map(|found| found.snapshot).collect();
+        let store = Store::open(&volume.store, volume.name.clone())?;
+        let snapshots: Vec<Snapshot> = store.snapshots()?.into_iter().map(|found| found.snapshot).collect();
         let plan = retention::plan(&snapshots, &volume.keep, &states(volume, config)?);
         for (snapshot, reasons) in &plan.keep {
             let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();

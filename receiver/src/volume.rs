@@ -94,7 +94,7 @@ impl Volume {
                 .map_err(|source| VolumeError::Directory { path: path.clone(), source })?;
         }
         let lock = Lock::acquire(&config.store.join(format!(".{}.lock", config.name)))?;
-        let store = Store::open(&config.store, &config.name)?;
+        let store = Store::open(&config.store, config.name.clone())?;
         store.sweep()?;
         let publisher = Publisher::open(&config.name, &config.publish, state_dir)?;
         let volume = Self {
@@ -113,7 +113,7 @@ impl Volume {
     /// The published tree as before the crash or reboot; then what was complete but not published yet.
     fn bring_back(&self) -> Result<(), VolumeError> {
         self.publisher().recover(&self.store)?;
-        let newest = self.store.complete()?.into_iter().next();
+        let newest = self.store.snapshots()?.into_iter().next();
         let published = self.publisher().published().cloned();
         if let Some(newest) = newest
             && published.is_none_or(|published| published.id.ctransid < newest.snapshot.id.ctransid)
@@ -130,7 +130,7 @@ impl Volume {
     /// # Errors
     /// The store cannot be read.
     pub fn inventory(&self, stream_version: u32) -> Result<Inventory, StoreError> {
-        let snapshots = self.store.complete()?.into_iter().map(|found| found.snapshot).collect();
+        let snapshots = self.store.snapshots()?.into_iter().map(|found| found.snapshot).collect();
         let published = self.publisher().published().cloned();
         Ok(Inventory { snapshots, published, unfinished: None, stream_version })
     }
@@ -173,7 +173,7 @@ impl Volume {
                 detail: format!("the snapshot is here under another name: {error}"),
             });
         }
-        let path = self.store.path().join(offer.snapshot.name.to_string());
+        let path = self.store.path_of(&offer.snapshot.name);
         if path.symlink_metadata().is_ok() {
             return Err(Refused {
                 why: Refusal::NameTaken,
@@ -183,7 +183,7 @@ impl Volume {
         if let Some(base) = &offer.base
             && self.store.find(base.id).map_err(broken)?.is_none()
         {
-            return Err(Refused { why: Refusal::BaseMissing, detail: format!("the base {base} is not in {}", self.store.path().display()) });
+            return Err(Refused { why: Refusal::BaseMissing, detail: format!("the base {base} is not in {}", self.store.dir().display()) });
         }
         Ok(Admitted::Order(Order {
             volume: self.config.name.clone(),
@@ -212,9 +212,9 @@ impl Volume {
     /// The store cannot be read. What cannot be unmounted or deleted is logged and tried again.
     pub fn tidy(&self) -> Result<(), StoreError> {
         self.publisher().retire();
-        let found = self.store.complete()?;
+        let found = self.store.snapshots()?;
         let plan = self.retention(&found.iter().map(|found| found.snapshot.clone()).collect::<Vec<_>>());
-        prune::delete(&self.config.name, &self.store, &plan);
+        prune::execute(&self.store, &plan)?;
         Ok(())
     }
 

@@ -235,12 +235,9 @@ impl Volume {
     pub async fn prune(&self) -> Result<(), CycleError> {
         let found = self.snapshots()?;
         let plan = self.retention(&found)?;
-        let doomed: Vec<Found> = found.into_iter().filter(|found| plan.delete.contains(&found.snapshot)).collect();
-        if doomed.is_empty() {
-            return Ok(());
-        }
-        let name = self.config.name.clone();
-        blocking(move || prune::delete(&name, &doomed)).await
+        let (dir, name) = (self.config.snapshot_dir.clone(), self.config.name.clone());
+        blocking(move || prune::execute(&dir, &name, &plan)).await??;
+        Ok(())
     }
 
     /// What retention says of `found`.
