@@ -6,15 +6,15 @@
 use std::{
     fmt,
     fs::{self, File, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    io::{self, Read, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use jiff::{Timestamp, ToSpan, civil::Date, tz::TimeZone};
 use pki_types::{
-    CertificateDer,
+    CertificateDer, PrivateKeyDer,
     pem::{self, PemObject},
 };
 use rcgen::{CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose, SanType};
@@ -30,6 +30,12 @@ const BACKDATED_DAYS: i32 = 2;
 
 /// How a fingerprint's text begins: it names the hash.
 const FINGERPRINT_PREFIX: &str = "sha256:";
+
+/// The largest file that is read as a private key; real ones have up to 3 KiB.
+const MAX_KEY_FILE_BYTES: u64 = 64 * 1024;
+
+/// The permission bits that nobody but a private key's owner may have.
+const FOREIGN_BITS: u32 = 0o077;
 
 /// A certificate by the SHA-256 of its DER form; as text `sha256:` and 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,6 +75,33 @@ pub enum IdentityError {
     /// The file is not a certificate in PEM form.
     #[error("{path} holds no certificate: it must have a PEM section that begins with -----BEGIN CERTIFICATE-----")]
     NotACertificate {
+        /// Which.
+        path: PathBuf,
+        /// What the PEM parser says.
+        #[source]
+        source: pem::Error,
+    },
+    /// Others than its owner can read or write a private key.
+    #[error(
+        "the private key {path} has mode {mode:04o}, so others have access to it: `chmod 600` it (or make a new one, if they may have read it)"
+    )]
+    KeyOpenToOthers {
+        /// Which.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A private key belongs to somebody who is neither root nor us.
+    #[error("the private key {path} belongs to user {owner}, who can read it: `chown root` it")]
+    KeyOfSomebodyElse {
+        /// Which.
+        path: PathBuf,
+        /// The user id.
+        owner: u32,
+    },
+    /// The file is not a private key in PEM form.
+    #[error("{path} holds no private key: it must have a PEM section that begins with -----BEGIN PRIVATE KEY-----")]
+    NotAKey {
         /// Which.
         path: PathBuf,
         /// What the PEM parser says.
@@ -130,6 +163,25 @@ pub(crate) fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, 
     let not_one = |source| IdentityError::NotACertificate { path: file.to_owned(), source };
     let chain: Vec<_> = CertificateDer::pem_slice_iter(&text).collect::<Result<_, _>>().map_err(not_one)?;
     if chain.is_empty() { Err(not_one(pem::Error::NoItemsFound)) } else { Ok(chain) }
+}
+
+/// The private key in a PEM file, if nobody but its owner (root or us) has access to it.
+pub(crate) fn private_key(file: &Path) -> Result<PrivateKeyDer<'static>, IdentityError> {
+    let failed = |source| IdentityError::Read { path: file.to_owned(), source };
+    let opened = File::open(file).map_err(failed)?;
+    // Of the open file, not of the path: what is judged is what is read.
+    let metadata = opened.metadata().map_err(failed)?;
+    let mode = metadata.mode() & 0o7777;
+    if mode & FOREIGN_BITS != 0 {
+        return Err(IdentityError::KeyOpenToOthers { path: file.to_owned(), mode });
+    }
+    let owner = metadata.uid();
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        return Err(IdentityError::KeyOfSomebodyElse { path: file.to_owned(), owner });
+    }
+    let mut text = Vec::new();
+    opened.take(MAX_KEY_FILE_BYTES).read_to_end(&mut text).map_err(failed)?;
+    PrivateKeyDer::from_pem_slice(&text).map_err(|source| IdentityError::NotAKey { path: file.to_owned(), source })
 }
 
 fn generate(stem: &str, agent_name: &str) -> Result<(KeyPair, rcgen::Certificate), IdentityError> {
@@ -285,6 +337,24 @@ mod tests {
         let error = fingerprint(&dir.path().join("sender.key")).unwrap_err();
         assert!(error.to_string().contains("sender.key holds no certificate"), "{error}");
         assert!(matches!(fingerprint(&dir.path().join("none")), Err(IdentityError::Read { .. })));
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        keygen(dir.path(), "sender", "head").unwrap();
+        let key = dir.path().join("sender.key");
+        private_key(&key).unwrap();
+        for mode in [0o640, 0o604, 0o644, 0o620, 0o601] {
+            fs::set_permissions(&key, fs::Permissions::from_mode(mode)).unwrap();
+            let error = private_key(&key).unwrap_err();
+            assert!(matches!(error, IdentityError::KeyOpenToOthers { mode: found, .. } if found == mode), "{error}");
+        }
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o400)).unwrap();
+        private_key(&key).unwrap();
+        assert!(matches!(private_key(&dir.path().join("sender.crt")), Err(IdentityError::KeyOpenToOthers { .. })));
+        fs::set_permissions(dir.path().join("sender.crt"), fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(matches!(private_key(&dir.path().join("sender.crt")), Err(IdentityError::NotAKey { .. })));
     }
 
     #[test]

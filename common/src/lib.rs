@@ -21,4 +21,5 @@ pub mod snapshot;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod tls;
 pub mod wire;
