@@ -5,7 +5,7 @@ use std::{io, sync::Arc, time::Duration};
 use common::{
     exit::chain,
     signals,
-    tls::{Acceptor, Credentials, TlsError},
+    tls::{Acceptor, Credentials, CredentialsError},
 };
 use tokio::{task::spawn_blocking, time::interval};
 
@@ -26,7 +26,7 @@ const RETIRE_INTERVAL: Duration = Duration::from_secs(2);
 pub enum AgentError {
     /// Certificates, key, peers.
     #[error(transparent)]
-    Tls(#[from] TlsError),
+    Credentials(#[from] CredentialsError),
     /// The state directory.
     #[error("cannot make the directory {path}")]
     Directory {

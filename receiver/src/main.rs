@@ -73,7 +73,7 @@ fn with_config(file: &Path, work: impl FnOnce(&Config) -> Exit) -> Exit {
 }
 
 fn run(config: &Config) -> Exit {
-    log::init(&config.log);
+    log::init(config.log.format, config.log.level);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error, Exit::Failed),
@@ -85,7 +85,7 @@ fn run(config: &Config) -> Exit {
         Err(error) => {
             let exit = match &error {
                 AgentError::Volume { source: VolumeError::Lock(lock::LockError::Held { .. }), .. } => Exit::Held,
-                AgentError::Tls(_) => Exit::Usage,
+                AgentError::Credentials(_) => Exit::Usage,
                 _ => Exit::Failed,
             };
             failed(&error, exit)

@@ -3,10 +3,9 @@
 use std::{io, time::Duration};
 
 use common::{
-    identity::Fingerprint,
     link::{Gone, Incoming, Link, LinkError},
     snapshot::VolumeName,
-    tls::{self, Connector, TlsError},
+    tls::{Connector, Peer, TlsError},
     wire::message::{Hello, Inventory, PROTOCOL, Role, ToReceiver, ToSender},
 };
 use tokio::{net::TcpStream, time::timeout};
@@ -96,10 +95,9 @@ pub async fn connect(route: &Route, volume: &VolumeName) -> Result<(ReceiverLink
         agent: route.agent.clone(),
         software: concat!("snapferry-sender ", env!("CARGO_PKG_VERSION")).to_owned(),
     };
-    let ours = route.connector.fingerprint();
-    let mut link = Link::greet(stream, &hello).await.map_err(|source| judge(address(), source, ours))?;
+    let mut link = Link::greet(stream, &hello).await.map_err(|source| judge(address(), source, &peer))?;
     tracing::debug!(peer = %peer.fingerprint, agent = link.peer.agent, software = link.peer.software, "receiver reached");
-    let inventory = query(&mut link, volume).await.map_err(|source| judge(address(), source, ours))?;
+    let inventory = query(&mut link, volume).await.map_err(|source| judge(address(), source, &peer))?;
     match inventory {
         Ok(inventory) => Ok((link, inventory)),
         Err(detail) => Err(ConnectError::Volume { address: address(), volume: volume.clone(), detail }),
@@ -107,9 +105,9 @@ pub async fn connect(route: &Route, volume: &VolumeName) -> Result<(ReceiverLink
 }
 
 /// In TLS 1.3 a client hears only afterwards that the server did not like its certificate.
-fn judge(address: String, source: LinkError, ours: Fingerprint) -> ConnectError {
+fn judge(address: String, source: LinkError, peer: &Peer) -> ConnectError {
     match source {
-        LinkError::Io(error) => match tls::refusal(&error, ours) {
+        LinkError::Io(error) => match peer.refusal(&error) {
             Some(source) => ConnectError::Untrusted { address, source },
             None => ConnectError::Conversation { address, source: LinkError::Io(error) },
         },

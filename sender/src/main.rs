@@ -106,7 +106,7 @@ fn shown(shown: Result<(), ShowError>) -> Exit {
 fn setup_exit(error: &SetupError) -> Exit {
     match error {
         SetupError::Lock(lock::LockError::Held { .. }) => Exit::Held,
-        SetupError::Tls(_) => Exit::Usage,
+        SetupError::Credentials(_) => Exit::Usage,
         _ => Exit::Failed,
     }
 }

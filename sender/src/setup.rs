@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use common::{
     lock::{Lock, LockError},
-    tls::{Connector, Credentials, TlsError},
+    tls::{Connector, Credentials, CredentialsError},
 };
 
 use crate::{config::Config, connect::Route, cycle::Volume};
@@ -14,7 +14,7 @@ use crate::{config::Config, connect::Route, cycle::Volume};
 pub enum SetupError {
     /// Certificates, key, peers.
     #[error(transparent)]
-    Tls(#[from] TlsError),
+    Credentials(#[from] CredentialsError),
     /// A directory that the agent needs.
     #[error("cannot make the directory {path}")]
     Directory {
