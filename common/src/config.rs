@@ -165,7 +165,10 @@ impl RawTls {
         let raw = section.into_inner();
         let peers = match (raw.peers, raw.ca, raw.peer_name) {
             (Some(peers), None, None) if peers.get_ref().is_empty() => {
-                return Err(Wrong::at(&peers, "an empty list trusts nobody; `fingerprint FILE` prints what belongs here"));
+                return Err(Wrong::at(
+                    &peers,
+                    "an empty list trusts nobody; `fingerprint FILE` prints what belongs here",
+                ));
             }
             (Some(peers), None, None) => Peers::Pinned(peers.into_inner()),
             (None, Some(ca), Some(name)) if !name.get_ref().is_empty() => {
@@ -176,11 +179,7 @@ impl RawTls {
             (None, Some(ca), None) => return Err(Wrong::at(&ca, ONE_WAY)),
             (None, None, None) => return Err(Wrong { span, what: ONE_WAY.to_owned() }),
         };
-        Ok(Tls {
-            certificate: source.resolve(&raw.certificate),
-            private_key: source.resolve(&raw.private_key),
-            peers,
-        })
+        Ok(Tls { certificate: source.resolve(&raw.certificate), private_key: source.resolve(&raw.private_key), peers })
     }
 }
 

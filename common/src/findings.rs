@@ -51,7 +51,9 @@ impl Findings {
         if rustix::process::geteuid().is_root() {
             self.good("root");
         } else {
-            self.bad("not root: snapshots, sends and mounts need CAP_SYS_ADMIN; run it with sudo or as a system service");
+            self.bad(
+                "not root: snapshots, sends and mounts need CAP_SYS_ADMIN; run it with sudo or as a system service",
+            );
         }
     }
 

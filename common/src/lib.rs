@@ -3,20 +3,20 @@
 //! Pure modules (`snapshot`, `retention`, `stream`, `wire`, `size`, `progress`) know no clock, no file system, no process and
 //! no tokio. The others are leaves: each wraps one thing of the outside world and knows nothing of the wire.
 
+pub mod btrfs;
 pub mod config;
+pub mod crash;
 pub mod durable;
 pub mod exit;
 pub mod findings;
-pub mod btrfs;
-pub mod crash;
+pub mod identity;
 pub mod link;
 pub mod lock;
 pub mod log;
 pub mod progress;
-pub mod signals;
-pub mod identity;
-pub mod size;
 pub mod retention;
+pub mod signals;
+pub mod size;
 pub mod snapshot;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]

@@ -53,7 +53,10 @@ impl Lock {
             }
             Err(error) => return Err(io(error.into())),
         }
-        file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(io)?;
+        file.set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| writeln!(file, "{}", std::process::id()))
+            .map_err(io)?;
         Ok(Self { _file: file })
     }
 }

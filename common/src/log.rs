@@ -16,10 +16,7 @@ use tracing::{
 };
 use tracing_subscriber::{
     filter::LevelFilter,
-    fmt::{
-        FmtContext, FormatEvent, FormatFields,
-        format::Writer,
-    },
+    fmt::{FmtContext, FormatEvent, FormatFields, format::Writer},
     registry::LookupSpan,
 };
 

@@ -46,8 +46,8 @@ use crate::{
 /// Blocks that wait to be applied.
 const QUEUED_BLOCKS: usize = 4;
 
-/// Rewritten bytes that are collected before a write to the pipe.
-const WRITE_BYTES: usize = 256 << 10;
+/// Rewritten bytes that are collected before a write to the pipe: as much as one joined WRITE may be.
+const WRITE_BYTES: usize = 1 << 20;
 
 /// What to apply, and where.
 #[derive(Debug, Clone)]
@@ -105,10 +105,10 @@ pub enum ApplyError {
     #[error("the sender broke the protocol: {0}")]
     Block(BlockFault),
     /// Bytes that are no send stream.
-    #[error("the stream was refused by the rule {}: {0}", .0.rule())]
+    #[error("the stream was refused by the rule {rule}: {0}", rule = .0.rule())]
     Stream(#[from] StreamError),
     /// A send stream that we do not let through.
-    #[error("the stream was refused by the rule {}: {0}", .0.rule())]
+    #[error("the stream was refused by the rule {rule}: {0}", rule = .0.rule())]
     Violation(#[from] Violation),
     /// The private mount namespace.
     #[error(transparent)]
@@ -352,7 +352,6 @@ impl Checks {
     }
 
     fn version(&mut self, version: u32) -> Result<(), ApplyError> {
-        self.digest.version(version);
         Ok(self.validator.version(version)?)
     }
 

@@ -47,8 +47,8 @@ pub async fn run(config: &Config) -> Result<(), SetupError> {
 /// As [`run`], or a cycle's.
 pub async fn run_once(config: &Config, reporters: report::Style) -> Result<(), OnceError> {
     let volumes = setup::volumes(config)?;
-    let _locks = volumes.iter().map(setup::hold).collect::<Result<Vec<Lock>, _>>()?;
-    let shutdown = signals::shutdown_token()?;
+    let _locks = volumes.iter().map(setup::hold).collect::<Result<Vec<Lock>, SetupError>>()?;
+    let shutdown = signals::shutdown_token().map_err(SetupError::Signals)?;
     let mut failed = None;
     for volume in &volumes {
         let mut reporter = Reporter::new(&volume.config.name, reporters);

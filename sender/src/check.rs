@@ -52,7 +52,9 @@ fn check_volume(findings: &mut Findings, volume: &Volume) {
         Err(error) => findings.error(&error),
     }
     match btrfs::has_qgroups(&volume.source) {
-        Ok(true) => findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)")),
+        Ok(true) => {
+            findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)"))
+        }
         Ok(false) => findings.good(&format!("{name}: quotas are off")),
         Err(error) => findings.error(&error),
     }

@@ -7,8 +7,8 @@ use std::{
 
 use common::{
     config::{
-        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawTls, Source, Spanned, Tls, Wrong, all_different,
-        at_least,
+        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawTls, Source, Spanned, Tls, Wrong,
+        all_different, at_least,
     },
     retention::Policy,
     size::Span,

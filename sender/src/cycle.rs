@@ -73,6 +73,9 @@ pub enum CycleError {
     /// There is none, and none was to be taken.
     #[error("there is no snapshot of the volume in {0}")]
     NoSnapshot(PathBuf),
+    /// Somebody deleted one that the plan is about.
+    #[error("the snapshot {0} vanished; the next cycle plans without it")]
+    Vanished(Snapshot),
     /// The receiver.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -98,7 +101,7 @@ impl CycleError {
     pub fn stage(&self) -> Stage {
         match self {
             Self::Create(_) => Stage::Snapshot,
-            Self::Btrfs(_) | Self::NoSnapshot(_) | Self::Connect(_) | Self::Died => Stage::Plan,
+            Self::Btrfs(_) | Self::NoSnapshot(_) | Self::Vanished(_) | Self::Connect(_) | Self::Died => Stage::Plan,
             Self::Push(PushError::Failed { stage, .. }) => *stage,
             Self::Send(_) | Self::Push(_) | Self::Shutdown => Stage::Transfer,
             Self::State(_) => Stage::Prune,
@@ -257,14 +260,12 @@ impl Volume {
 ///
 /// # Errors
 /// One of them vanished in between.
-pub fn open(found: &[Found], snapshot: &Snapshot, base: &Base) -> Result<Source, SendError> {
-    let path = |wanted: &Snapshot| {
-        found.iter().find(|found| found.snapshot.id == wanted.id).map(|found| found.path.as_path())
+pub fn open(found: &[Found], snapshot: &Snapshot, base: &Base) -> Result<Source, CycleError> {
+    let find = |wanted: &Snapshot| {
+        let ours = found.iter().find(|found| found.snapshot.id == wanted.id);
+        ours.ok_or_else(|| CycleError::Vanished(wanted.clone()))
     };
-    let (Some(snapshot), base) = (path(snapshot), base.snapshot().and_then(path)) else {
-        return Err(SendError::Vanished(snapshot.clone()));
-    };
-    Source::open(snapshot, base)
+    Ok(Source::open(find(snapshot)?, base.snapshot().map(find).transpose()?)?)
 }
 
 /// Runs what blocks in a thread that may block.

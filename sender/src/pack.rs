@@ -13,9 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use common::{
-    stream::{
-        DigestScope, Mark, StreamError, Canonical, FileCounter, Item, StreamDigest, Walker,
-    },
+    stream::{Canonical, DigestScope, FileCounter, Item, Mark, StreamDigest, StreamError, Walker},
     wire::{
         codec::{DATA_PREFIX_BYTES, Encoding, write_data_prefix},
         limits::MAX_BLOCK_BYTES,
@@ -146,7 +144,7 @@ impl Packer {
         let Self { walker, digest, canonical, files, .. } = self;
         walker.walk(block, |item| {
             match item {
-                Item::Version(version) => digest.version(version),
+                Item::Version(_) => {}
                 Item::Command { command, .. } => {
                     digest.update(&command);
                     canonical.update(&command)?;

@@ -119,7 +119,9 @@ mod tests {
     #[test]
     fn newer_is_what_the_file_system_says_not_what_a_clock_said() {
         let ours = [snapshot(7, 50), snapshot(8, 10)];
-        let Plan::Send { snapshot: sent, base } = plan(&ours, &inventory(&[7], Some(7))) else { panic!("nothing to send") };
+        let Plan::Send { snapshot: sent, base } = plan(&ours, &inventory(&[7], Some(7))) else {
+            panic!("nothing to send")
+        };
         assert_eq!((sent.id.ctransid, base), (8, Base::Common(snapshot(7, 50))));
     }
 

@@ -12,12 +12,7 @@ use common::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{
-    cycle::CycleError,
-    pack::Meter,
-    plan::Base,
-    push::Outcome,
-};
+use crate::{cycle::CycleError, pack::Meter, plan::Base, push::Outcome};
 
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

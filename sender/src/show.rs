@@ -120,12 +120,7 @@ async fn say_transfer(found: &[Found], inventory: &Inventory) -> Result<(), Cycl
     Ok(())
 }
 
-async fn total(
-    found: &[Found],
-    snapshot: &Snapshot,
-    base: &Base,
-    inventory: &Inventory,
-) -> Result<Total, CycleError> {
+async fn total(found: &[Found], snapshot: &Snapshot, base: &Base, inventory: &Inventory) -> Result<Total, CycleError> {
     let version = inventory.stream_version.min(btrfs::stream_version()?);
     let source = cycle::open(found, snapshot, base)?;
     let mut pass = source.total(version)?;

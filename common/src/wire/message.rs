@@ -342,6 +342,21 @@ pub enum Stage {
     Prune,
 }
 
+impl Stage {
+    /// As it stands in log lines.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::Plan => "plan",
+            Self::Transfer => "transfer",
+            Self::Apply => "apply",
+            Self::Verify => "verify",
+            Self::Publish => "publish",
+            Self::Prune => "prune",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
