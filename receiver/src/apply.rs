@@ -23,8 +23,8 @@ use common::{
     btrfs,
     snapshot::{SnapshotId, VolumeName},
     stream::{
-        Canonical, Command, Expectation, FileCounter, Item, Kind, SegmentHead, SegmentWriter, StreamDigest, StreamError, Validator,
-        Violation, Walker,
+        Canonical, Command, Expectation, FileCounter, Item, Kind, SegmentHead, SegmentWriter, StreamDigest,
+        StreamError, Validator, Violation, Walker,
     },
     wire::{
         codec::{DataFrame, Encoding},
@@ -363,7 +363,7 @@ impl Checks {
         Ok(())
     }
 
-    fn finish(mut self, bytes: u64) -> End {
+    fn finish(self, bytes: u64) -> End {
         End { bytes, stream_digest: self.digest.finish(), canonical: self.canonical.finish() }
     }
 }

@@ -18,8 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     apply::Order,
-    config,
-    prune,
+    config, prune,
     publish::{PublishError, Published, Publisher},
     store::{Store, StoreError},
     verify::{self, Verified, VerifyError},
@@ -90,13 +89,13 @@ impl Volume {
     pub fn open(config: &config::Volume, state_dir: &Path) -> Result<Self, VolumeError> {
         let mount_point = state_dir.join("receive");
         for path in [&config.store, &config.publish, &mount_point] {
-            std::fs::create_dir_all(path)
-                .map_err(|source| VolumeError::Directory { path: path.clone(), source })?;
+            std::fs::create_dir_all(path).map_err(|source| VolumeError::Directory { path: path.clone(), source })?;
         }
         let lock = Lock::acquire(&config.store.join(format!(".{}.lock", config.name)))?;
         let store = Store::open(&config.store, config.name.clone())?;
         store.sweep()?;
-        let publisher = Publisher::open(&config.name, &config.publish, state_dir)?;
+        let unrecovered = Publisher::open(&config.name, &config.publish, state_dir)?;
+        let (publisher, _) = unrecovered.recover(&store.snapshots()?)?;
         let volume = Self {
             config: config.clone(),
             store,
@@ -106,13 +105,12 @@ impl Volume {
             cancel_under_way: Mutex::default(),
             _lock: lock,
         };
-        volume.bring_back()?;
+        volume.catch_up()?;
         Ok(volume)
     }
 
-    /// The published tree as before the crash or reboot; then what was complete but not published yet.
-    fn bring_back(&self) -> Result<(), VolumeError> {
-        self.publisher().recover(&self.store)?;
+    /// Publishes what was complete, and so verified, when the agent ended, but not published yet.
+    fn catch_up(&self) -> Result<(), VolumeError> {
         let newest = self.store.snapshots()?.into_iter().next();
         let published = self.publisher().published().cloned();
         if let Some(newest) = newest
@@ -145,7 +143,10 @@ impl Volume {
             Ok(held) => Ok(Turn { _held: held, taken_over }),
             Err(_) => Err(Refused {
                 why: Refusal::Busy,
-                detail: format!("the transfer before this one does not end; look for a btrfs receive in D state: volume {}", self.config.name),
+                detail: format!(
+                    "the transfer before this one does not end; look for a btrfs receive in D state: volume {}",
+                    self.config.name
+                ),
             }),
         }
     }
@@ -177,13 +178,20 @@ impl Volume {
         if path.symlink_metadata().is_ok() {
             return Err(Refused {
                 why: Refusal::NameTaken,
-                detail: format!("{} is in the way: not a snapshot that snapferry received as {}", path.display(), offer.snapshot.id),
+                detail: format!(
+                    "{} is in the way: not a snapshot that snapferry received as {}",
+                    path.display(),
+                    offer.snapshot.id
+                ),
             });
         }
         if let Some(base) = &offer.base
             && self.store.find(base.id).map_err(broken)?.is_none()
         {
-            return Err(Refused { why: Refusal::BaseMissing, detail: format!("the base {base} is not in {}", self.store.dir().display()) });
+            return Err(Refused {
+                why: Refusal::BaseMissing,
+                detail: format!("the base {base} is not in {}", self.store.dir().display()),
+            });
         }
         Ok(Admitted::Order(Order {
             volume: self.config.name.clone(),
@@ -222,7 +230,8 @@ impl Volume {
     pub fn retention(&self, snapshots: &[Snapshot]) -> retention::Plan {
         let publisher = self.publisher();
         let published = publisher.published().map(|snapshot| (snapshot.id, Reason::Published));
-        let retiring = publisher.retiring().iter().map(|retiring| (retiring.snapshot.id, Reason::Retiring));
+        let retiring = publisher.retiring().iter().filter_map(|retiring| retiring.snapshot.as_ref());
+        let retiring = retiring.map(|snapshot| (snapshot.id, Reason::Retiring));
         let kept: Vec<(SnapshotId, Reason)> = published.into_iter().chain(retiring).collect();
         retention::plan(snapshots, &self.config.keep, &kept)
     }

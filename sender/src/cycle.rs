@@ -8,7 +8,6 @@ use std::{
 use common::{
     btrfs::{self, Found},
     durable::{self, DurableError},
-    progress,
     retention::{self, Reason},
     snapshot::{Snapshot, SnapshotId},
     stream::Total,
@@ -32,6 +31,9 @@ use crate::{
 
 /// An increment's total is usually known within this time; then the offer carries it. Else it follows.
 const QUICK_TOTAL: Duration = Duration::from_millis(300);
+
+/// A progress bar moves this often.
+const BAR_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A volume with all that its cycles need.
 pub struct Volume {
@@ -206,7 +208,7 @@ impl Volume {
             offer,
             options: pack::Options { digest: self.config.digest, compress: self.config.compression.is_on() },
             shutdown,
-            progress_interval: self.progress_interval,
+            progress_interval: if reporter.draws() { BAR_INTERVAL } else { self.progress_interval },
             total: later,
         };
         let outcome: Outcome = transfer.push(link, reporter).await?;

@@ -168,7 +168,7 @@ impl Packer {
         Ok(Block { frame: plain.into(), length })
     }
 
-    fn finish(mut self) -> Result<End, PackError> {
+    fn finish(self) -> Result<End, PackError> {
         self.walker.finish()?;
         let bytes = self.walker.position();
         let canonical: Mark = self.canonical.finish();

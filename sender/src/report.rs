@@ -1,9 +1,6 @@
 //! What an operator sees of a cycle: log lines, or a progress bar on a terminal.
 
-use std::{
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::{sync::atomic::Ordering, time::Duration};
 
 use common::{
     progress::Report,
