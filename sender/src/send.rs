@@ -3,20 +3,24 @@
 //! The ioctl blocks until the whole stream is written and must not meet a signal (see [`common::btrfs::send`]): hence a thread of its
 //! own with all signals blocked. What ends it early is a reader that goes away.
 
+mod total;
+
 use std::{
     fs::File,
     io::{self, Read},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     thread::{self, JoinHandle},
 };
 
 use common::{
     btrfs::{self, BtrfsError, Found, SendOptions, Sending, Subvolume, SubvolumeInfo},
-    snapshot::SnapshotId,
-    stream::RootTimes,
+    snapshot::{Snapshot, SnapshotId},
+    stream::{RootTimes, StreamError},
 };
 use rustix::{io::Errno, pipe::PipeFlags};
+
+pub use self::total::TotalPass;
 
 /// Size of the pipe between the kernel and us: a command of 128 KiB fits eight times, so neither waits for the other after each.
 /// It is what an unprivileged process may ask for, too.
@@ -28,6 +32,9 @@ pub enum SendError {
     /// A snapshot cannot be opened.
     #[error(transparent)]
     Btrfs(#[from] BtrfsError),
+    /// A snapshot that was there when the plan was made is gone.
+    #[error("snapshot {0} is gone; somebody deleted it, the next cycle plans anew")]
+    Vanished(Snapshot),
     /// Somebody put another subvolume in a snapshot's place, or changed it.
     #[error("{path:?} is not the snapshot {expected} (any more); it changed under us, the next cycle plans anew")]
     Changed {
@@ -60,8 +67,11 @@ pub enum SendError {
     /// We stopped reading before the end.
     #[error("sending {0:?} was ended before its end")]
     Ended(PathBuf),
-    /// The thread that sends panicked; a mistake of ours.
-    #[error("the thread that sends {0:?} panicked")]
+    /// The kernel wrote what we do not understand.
+    #[error("the kernel's stream is not as expected: {0}")]
+    Stream(#[from] StreamError),
+    /// The thread that sends or counts panicked; a mistake of ours.
+    #[error("a thread that reads {0:?} panicked; please report it")]
     Panicked(PathBuf),
 }
 
@@ -96,13 +106,18 @@ impl Source {
         self.start("send", version, Sending::All, || {})
     }
 
-    /// Starts a send on a thread that calls `first` before anything else.
-    fn start(
+    /// Where the snapshot was opened.
+    pub fn path(&self) -> &Path {
+        self.snapshot.path()
+    }
+
+    /// Starts a send on a thread that calls `first` before anything else and keeps what it returns to the end.
+    fn start<G>(
         &self,
         thread: &'static str,
         version: u32,
         sending: Sending,
-        first: impl FnOnce() + Send + 'static,
+        first: impl FnOnce() -> G + Send + 'static,
     ) -> Result<Stream, SendError> {
         let options = SendOptions { base: self.base.as_ref().map(|(_, info)| info.tree_id), version, sending };
         let set_up = || {
@@ -111,7 +126,7 @@ impl Source {
             let _ = rustix::pipe::fcntl_setpipe_size(&writer, PIPE_BYTES);
             let subvolume = self.snapshot.as_fd().try_clone_to_owned()?;
             let send = move || {
-                first();
+                let _kept = first();
                 send_on_this_thread(&subvolume, &writer, options)
             };
             let sender = thread::Builder::new().name(thread.into()).spawn(send)?;
@@ -154,6 +169,16 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// Where the snapshot was opened that is sent.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The pipe, for reads that block.
+    pub fn pipe(&self) -> BorrowedFd<'_> {
+        self.reader.as_fd()
+    }
+
     /// Waits for the kernel's verdict. To be called after the end of file; before it, this ends the send ([`SendError::Ended`]).
     pub fn finish(self) -> Result<(), SendError> {
         drop(self.reader);
@@ -176,17 +201,10 @@ impl Read for Stream {
     }
 }
 
-impl AsFd for Stream {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.reader.as_fd()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
         fs,
-        path::Path,
         process::Command,
         time::{Duration, Instant},
     };
@@ -250,7 +268,7 @@ mod tests {
         let fs = TestFs::new(SMALL);
         let (site, _) = site(&fs);
         let mut stream = Source::open(&take(&site), None).unwrap().stream(2).unwrap();
-        assert_eq!(rustix::pipe::fcntl_getpipe_size(&stream).unwrap(), PIPE_BYTES);
+        assert_eq!(rustix::pipe::fcntl_getpipe_size(stream.pipe()).unwrap(), PIPE_BYTES);
         // Once a byte is there the thread is in the ioctl, and it stays there: the pipe is smaller than the stream.
         stream.read_exact(&mut [0]).unwrap();
         let deaf = fs::read_dir("/proc/self/task").unwrap().any(|task| {
