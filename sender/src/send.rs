@@ -15,7 +15,7 @@ use std::{
 
 use common::{
     btrfs::{self, BtrfsError, Found, SendOptions, Sending, Subvolume, SubvolumeInfo},
-    snapshot::{Snapshot, SnapshotId},
+    snapshot::SnapshotId,
     stream::{RootTimes, StreamError},
 };
 use rustix::{io::Errno, pipe::PipeFlags};
@@ -32,9 +32,6 @@ pub enum SendError {
     /// A snapshot cannot be opened.
     #[error(transparent)]
     Btrfs(#[from] BtrfsError),
-    /// A snapshot that was there when the plan was made is gone.
-    #[error("snapshot {0} is gone; somebody deleted it, the next cycle plans anew")]
-    Vanished(Snapshot),
     /// Somebody put another subvolume in a snapshot's place, or changed it.
     #[error("{path:?} is not the snapshot {expected} (any more); it changed under us, the next cycle plans anew")]
     Changed {
