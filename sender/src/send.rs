@@ -171,11 +171,6 @@ impl Stream {
         &self.path
     }
 
-    /// The pipe, for reads that block.
-    pub fn pipe(&self) -> BorrowedFd<'_> {
-        self.reader.as_fd()
-    }
-
     /// Waits for the kernel's verdict. To be called after the end of file; before it, this ends the send ([`SendError::Ended`]).
     pub fn finish(self) -> Result<(), SendError> {
         drop(self.reader);
@@ -189,6 +184,13 @@ impl Stream {
         } else {
             Err(SendError::Kernel { path: self.path, source })
         }
+    }
+}
+
+/// The pipe, for reads that block.
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.as_fd()
     }
 }
 
@@ -265,7 +267,7 @@ mod tests {
         let fs = TestFs::new(SMALL);
         let (site, _) = site(&fs);
         let mut stream = Source::open(&take(&site), None).unwrap().stream(2).unwrap();
-        assert_eq!(rustix::pipe::fcntl_getpipe_size(stream.pipe()).unwrap(), PIPE_BYTES);
+        assert_eq!(rustix::pipe::fcntl_getpipe_size(&stream).unwrap(), PIPE_BYTES);
         // Once a byte is there the thread is in the ioctl, and it stays there: the pipe is smaller than the stream.
         stream.read_exact(&mut [0]).unwrap();
         let deaf = fs::read_dir("/proc/self/task").unwrap().any(|task| {
