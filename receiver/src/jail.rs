@@ -166,8 +166,12 @@ mod tests {
         thread,
     };
 
+    use common::{
+        btrfs,
+        testing::{SMALL, TestFs, run},
+    };
+
     use super::*;
-    use crate::testfs::{TestFs, run};
 
     /// A command of a version 1 stream.
     fn command(kind: u16, attrs: &[(u16, &[u8])]) -> Vec<u8> {
@@ -217,6 +221,13 @@ mod tests {
         child.wait_with_output().unwrap()
     }
 
+    /// A directory of the test's own; what is mounted there goes with the file system.
+    fn beside(fs: &TestFs, name: &str) -> PathBuf {
+        let path = fs.path().join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
     /// What `btrfs receive` in a jail says to a stream.
     fn receive_in_jail(store: &Path, mountpoint: &Path, stream: &[u8]) -> Output {
         let inside = || {
@@ -235,17 +246,17 @@ mod tests {
 
     #[test]
     fn a_stream_cannot_go_through_the_symlink_that_it_made() {
-        let fs = TestFs::new(256 << 20);
-        let store = store_with_victim(&fs.path());
+        let fs = TestFs::new(SMALL);
+        let store = store_with_victim(fs.path());
         for target in ["/victim", "../victim"] {
-            let output = receive_in_jail(&store, &fs.beside("jail"), &hostile(target));
+            let output = receive_in_jail(&store, &beside(&fs, "jail"), &hostile(target));
             let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(
                 !output.status.success() && stderr.contains("Too many levels of symbolic links"),
                 "{target}: {stderr}"
             );
             assert!(!store.join("victim/planted").exists());
-            run("btrfs", &["subvolume".as_ref(), "delete".as_ref(), store.join("evil").as_ref()]);
+            btrfs::delete(&store.join("evil")).unwrap();
         }
         // The stream is one that would get through without the jail.
         let output = receive(&store, &hostile("/victim"));
@@ -256,51 +267,50 @@ mod tests {
     /// Sends a snapshot with symlinks of all kinds into a store and says what arrived.
     fn a_good_stream_comes_out(fs: &TestFs, store: &Path) {
         let source = fs.path().join("source");
-        run("btrfs", &["subvolume".as_ref(), "create".as_ref(), source.as_ref()]);
+        btrfs::create(&source).unwrap();
         fs::write(source.join("file"), "content").unwrap();
         for (link, target) in [("near", "file"), ("far", "/etc/passwd"), ("up", "../../.."), ("nowhere", "not there")] {
             std::os::unix::fs::symlink(target, source.join(link)).unwrap();
         }
         let snapshot = fs.path().join("v.20261122T070000Z");
-        let words = ["subvolume", "snapshot", "-r"].map(std::ffi::OsStr::new);
-        run("btrfs", &[&words[..], &[source.as_ref(), snapshot.as_ref()]].concat());
+        btrfs::snapshot(&btrfs::Subvolume::open(&source).unwrap(), &snapshot, btrfs::Access::ReadOnly).unwrap();
         let sent = Command::new("btrfs").args(["send", "-q"]).arg(&snapshot).output().unwrap();
         assert!(sent.status.success());
 
-        let output = receive_in_jail(store, &fs.beside("jail"), &sent.stdout);
+        let output = receive_in_jail(store, &beside(fs, "jail"), &sent.stdout);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let replica = store.join("v.20261122T070000Z");
         assert_eq!(fs::read_to_string(replica.join("file")).unwrap(), "content");
         assert_eq!(fs::read_link(replica.join("far")).unwrap(), Path::new("/etc/passwd"));
         assert_eq!(fs::read_link(replica.join("up")).unwrap(), Path::new("../../.."));
         // Nothing of it is seen from outside.
-        assert_eq!(fs::read_dir(fs.beside("jail")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(beside(fs, "jail")).unwrap().count(), 0);
     }
 
     #[test]
     fn a_good_stream_comes_out_of_it() {
-        let fs = TestFs::new(256 << 20);
-        let store = store_with_victim(&fs.path());
+        let fs = TestFs::new(SMALL);
+        let store = store_with_victim(fs.path());
         a_good_stream_comes_out(&fs, &store);
     }
 
     #[test]
     fn it_works_when_the_store_is_on_a_mount_of_another_subvolume() {
-        let fs = TestFs::new(256 << 20);
-        run("btrfs", &["subvolume".as_ref(), "create".as_ref(), fs.path().join("@data").as_ref()]);
-        let device = mount::holding(&fs.path()).unwrap().source;
-        let other = fs.beside("other mount");
-        run("mount", &["-o".as_ref(), "subvol=@data".as_ref(), device.as_ref(), other.as_ref()]);
+        let fs = TestFs::new(SMALL);
+        let _ = fs.subvolume("@data");
+        let device = mount::holding(fs.path()).unwrap().source;
+        let other = beside(&fs, "other mount");
+        run(Command::new("mount").args(["-o", "subvol=@data"]).arg(device).arg(&other));
         a_good_stream_comes_out(&fs, &store_with_victim(&other));
     }
 
     #[test]
     fn a_store_that_is_a_symlink_or_a_bind_mount_is_found_too() {
-        let fs = TestFs::new(256 << 20);
-        let store = store_with_victim(&fs.path());
-        let bound = fs.beside("bound");
-        run("mount", &["--bind".as_ref(), store.as_ref(), bound.as_ref()]);
-        let link = fs.beside("links").join("store");
+        let fs = TestFs::new(SMALL);
+        let store = store_with_victim(fs.path());
+        let bound = beside(&fs, "bound");
+        run(Command::new("mount").arg("--bind").arg(&store).arg(&bound));
+        let link = beside(&fs, "links").join("store");
         std::os::unix::fs::symlink(&bound, &link).unwrap();
         a_good_stream_comes_out(&fs, &link);
     }

@@ -32,6 +32,12 @@ impl Verified {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Without a check, for tests of what comes after it.
+    #[cfg(test)]
+    pub fn unchecked(snapshot: Snapshot, path: PathBuf) -> Self {
+        Self { snapshot, path }
+    }
 }
 
 /// How a replica differs from what was sent.
