@@ -52,10 +52,12 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// Makes the directory if it is missing.
-    pub fn open(dir: &Path, volume: &VolumeName) -> Result<Self, PublishError> {
-        fs::create_dir_all(dir).map_err(PublishError::io("make the directory", dir))?;
-        Ok(Self { dir: dir.to_owned(), volume: volume.clone() })
+    pub fn new(dir: &Path, volume: &VolumeName) -> Self {
+        Self { dir: dir.to_owned(), volume: volume.clone() }
+    }
+
+    pub fn make_directory(&self) -> Result<(), PublishError> {
+        fs::create_dir_all(&self.dir).map_err(PublishError::io("make the directory", &self.dir))
     }
 
     pub fn volume(&self) -> &VolumeName {
@@ -80,10 +82,8 @@ impl Layout {
 
     /// The numbers of all `gen-N` that are there, lowest first.
     pub fn generations(&self) -> Result<Vec<u64>, PublishError> {
-        let entries = fs::read_dir(&self.dir).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
-        let entries = entries.map_err(PublishError::io("list", &self.dir))?;
-        let number = |entry: &fs::DirEntry| generation_number(entry.file_name().to_str()?);
-        let mut numbers: Vec<u64> = entries.iter().filter_map(number).collect();
+        let names = entries(&self.dir)?;
+        let mut numbers: Vec<u64> = names.iter().filter_map(|name| generation_number(name.to_str()?)).collect();
         numbers.sort_unstable();
         Ok(numbers)
     }

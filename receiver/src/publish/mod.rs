@@ -64,6 +64,15 @@ pub struct Published {
     pub total: Duration,
 }
 
+/// See [`look`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Looked {
+    /// What new clients see.
+    pub published: Option<Snapshot>,
+    /// What others may be inside.
+    pub retiring: Vec<Snapshot>,
+}
+
 /// Why a publication or its recovery failed. Unless said otherwise `live/tree` shows what it showed before.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
@@ -115,12 +124,30 @@ impl PublishError {
     }
 }
 
+/// What clients see of a volume and what they may still be inside, found out without touching anything: for people who ask
+/// beside a running agent, or while none is running. What is not mounted is what the next start would mount.
+pub fn look(volume: &VolumeName, publish_dir: &Path, state_dir: &Path) -> Result<Looked, PublishError> {
+    let layout = Layout::new(publish_dir, volume);
+    let state = StateFile::new(state_dir, volume).load()?;
+    let remembered = state.intent.map(|intent| intent.snapshot).or(state.published);
+    if !publish_dir.try_exists().map_err(PublishError::io("look at", publish_dir))? {
+        return Ok(Looked { published: remembered, retiring: Vec::new() });
+    }
+    let shown = layout.look_at_live()?.and_then(|occupant| occupant.as_snapshot().cloned());
+    // An agent at work may have removed one of them meanwhile.
+    let occupant = |number: u64| layout.look_at(&layout.generation(number)).ok()?.as_snapshot().cloned();
+    let retiring = layout.generations()?.into_iter().filter_map(occupant).collect();
+    Ok(Looked { published: shown.or(remembered), retiring })
+}
+
 impl Publisher {
     /// Reads what is remembered of `volume`; [`Unrecovered::recover`] then makes it true.
     pub fn open(volume: &VolumeName, publish_dir: &Path, state_dir: &Path) -> Result<Unrecovered, PublishError> {
         let file = StateFile::new(state_dir, volume);
         let state = file.load()?;
-        Ok(Unrecovered(Self { layout: Layout::open(publish_dir, volume)?, file, state }))
+        let layout = Layout::new(publish_dir, volume);
+        layout.make_directory()?;
+        Ok(Unrecovered(Self { layout, file, state }))
     }
 
     /// Makes a verified snapshot the published one. Nothing happens if it is already.

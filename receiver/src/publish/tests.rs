@@ -214,6 +214,24 @@ fn the_first_publication_and_the_next() {
 }
 
 #[test]
+fn looking_on_changes_nothing() {
+    let mirror = Mirror::new();
+    let look = || look(&volume(), &mirror.publish(), &mirror.home.join("state")).unwrap();
+    fs::remove_dir(mirror.publish()).unwrap();
+    assert_eq!(look(), Looked { published: None, retiring: Vec::new() });
+    assert!(!mirror.publish().exists());
+    let (mut publisher, _) = mirror.recover();
+    publisher.publish(mirror.verified(1)).unwrap();
+    publisher.publish(mirror.verified(2)).unwrap();
+    assert_eq!(look(), Looked { published: Some(snapshot(2)), retiring: vec![snapshot(1)] });
+    tick(&mut publisher);
+    assert_eq!(look(), Looked { published: Some(snapshot(2)), retiring: Vec::new() });
+    mirror.reboot();
+    assert_eq!(look(), Looked { published: Some(snapshot(2)), retiring: Vec::new() });
+    assert_eq!(mirror.mounts(), Vec::<PathBuf>::new());
+}
+
+#[test]
 fn who_is_inside_stays_inside_until_they_leave() {
     let mirror = Mirror::new();
     let (mut publisher, _) = mirror.recover();
