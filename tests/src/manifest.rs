@@ -8,10 +8,9 @@ use std::{
     ffi::{CStr, OsStr},
     fmt::Write as _,
     fs::{self, File, Metadata},
-    io::Read,
     os::unix::{
         ffi::{OsStrExt, OsStringExt},
-        fs::{FileTypeExt, MetadataExt},
+        fs::{FileExt, FileTypeExt, MetadataExt},
     },
     path::Path,
 };
@@ -24,6 +23,9 @@ use sha2::{Digest, Sha256};
 
 /// At most so many differences are shown; a tree that is all wrong must not fill the log.
 const SHOWN: usize = 20;
+
+/// The unit in which contents are compared, in bytes: the file system's block, so that holes begin and end with one.
+const BLOCK: usize = 4096;
 
 /// Which attributes count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,7 +167,7 @@ impl Reader<'_> {
         }
         if meta.is_file() {
             entry.insert("size", meta.len().to_string());
-            entry.insert("sha256", content(path));
+            entry.insert("content", content(path));
         }
         if meta.is_symlink() {
             entry.insert("target", shown(fs::read_link(path).unwrap().as_os_str().as_bytes()));
@@ -181,7 +183,9 @@ impl Reader<'_> {
                 entry.insert("links", meta.nlink().to_string());
             }
             if meta.is_file() {
-                entry.insert("data at", data_ranges(path));
+                let ranges = data(&File::open(path).unwrap());
+                let ranges: Vec<_> = ranges.iter().map(|(start, end)| format!("{start}-{end}")).collect();
+                entry.insert("data at", ranges.join(","));
             }
         }
         entry
@@ -201,29 +205,39 @@ fn kind(meta: &Metadata) -> &'static str {
     }
 }
 
+/// The hash of a file's blocks, each with its place; blocks of zeros are left out, so that it is quick over large holes and the
+/// same whether zeros are stored or not.
 fn content(path: &Path) -> String {
-    let mut file = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let (mut hash, mut block) = (Sha256::new(), vec![0; 1 << 18]);
-    loop {
-        match file.read(&mut block).unwrap_or_else(|error| panic!("{}: {error}", path.display())) {
-            0 => return hex(&hash.finalize()),
-            n => hash.update(&block[..n]),
+    let file = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 64 * BLOCK]);
+    for (start, end) in data(&file) {
+        let mut at = start;
+        while at < end {
+            let wanted = buffer.len().min(usize::try_from(end - at).unwrap());
+            file.read_exact_at(&mut buffer[..wanted], at).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            for block in buffer[..wanted].chunks(BLOCK) {
+                if block.iter().any(|&byte| byte != 0) {
+                    hash.update(at.to_le_bytes());
+                    hash.update(block);
+                }
+                at += block.len() as u64;
+            }
         }
     }
+    hex(&hash.finalize())
 }
 
-/// Where a file has data and no hole: `0-4096,1048576-1052672`.
-fn data_ranges(path: &Path) -> String {
-    let file = File::open(path).unwrap();
+/// Where a file has data and no hole.
+fn data(file: &File) -> Vec<(u64, u64)> {
     let (mut ranges, mut at) = (Vec::new(), 0);
     loop {
-        match rustix::fs::seek(&file, SeekFrom::Data(at)) {
+        match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(start) => {
-                at = rustix::fs::seek(&file, SeekFrom::Hole(start)).unwrap();
-                ranges.push(format!("{start}-{at}"));
+                at = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap();
+                ranges.push((start, at));
             }
-            Err(Errno::NXIO) => return ranges.join(","),
-            Err(error) => panic!("{}: {error}", path.display()),
+            Err(Errno::NXIO) => return ranges,
+            Err(error) => panic!("cannot ask where the data is: {error}"),
         }
     }
 }
@@ -288,7 +302,7 @@ mod tests {
             ("setfattr -n user.x -v y dir/second", "xattrs"),
             (
                 "printf y | dd of=dir/second conv=notrunc status=none && touch -d '2001-02-03 04:05:06.789' dir/second",
-                "sha256",
+                "content",
             ),
             ("rm link; cp -p file link", "links"),
             ("rm link", "missing"),
