@@ -7,7 +7,7 @@ use common::{
 
 use crate::{
     config::{Config, Volume},
-    publish::{PublishError, Publisher},
+    publish::{self, PublishError},
     store::{Store, StoreError},
 };
 
@@ -68,10 +68,10 @@ pub fn retention(config: &Config) -> Result<(), ShowError> {
     Ok(())
 }
 
-/// What is published and what has clients still, as the agent has written it down.
+/// What is published and what has clients still, as the mounts say.
 fn states(volume: &Volume, config: &Config) -> Result<Vec<(SnapshotId, Reason)>, PublishError> {
-    let publisher = Publisher::open(&volume.name, &volume.publish, &config.agent.state_dir)?;
-    let published = publisher.remembered().published().map(|snapshot| (snapshot.id, Reason::Published));
-    let retiring = publisher.remembered().retiring().iter().filter_map(|retiring| retiring.snapshot.as_ref());
-    Ok(published.into_iter().chain(retiring.map(|snapshot| (snapshot.id, Reason::Retiring))).collect())
+    let looked = publish::look(&volume.name, &volume.publish, &config.agent.state_dir)?;
+    let published = looked.published.map(|snapshot| (snapshot.id, Reason::Published));
+    let retiring = looked.retiring.into_iter().map(|snapshot| (snapshot.id, Reason::Retiring));
+    Ok(published.into_iter().chain(retiring).collect())
 }
