@@ -231,7 +231,7 @@ enum Answer {
 
 /// Packs a stream to its end. If the kernel's send failed, that is the error, not the broken stream that it left.
 fn whole(stream: Stream, options: pack::Options, meter: &Meter, into: &mpsc::Sender<Block>) -> Result<End, PushError> {
-    let packed = pack(stream.pipe(), options, meter, into);
+    let packed = pack(&stream, options, meter, into);
     if let Err(PackError::Gone) = packed {
         return Err(PackError::Gone.into());
     }
