@@ -2,7 +2,34 @@
 //!
 //! Source of the format: `fs/btrfs/send.h` and `send.c` of Linux; `common/send-stream.c` of btrfs-progs is its other reader.
 
+mod canonical;
+mod command;
+mod digest;
+mod encode;
+mod error;
+pub mod format;
+mod schema;
+mod segment;
+mod total;
+mod validate;
+mod violation;
+mod walk;
+
 use serde::{Deserialize, Serialize};
+
+pub use self::{
+    canonical::Canonical,
+    command::{Attrs, Command, DataRange},
+    digest::StreamDigest,
+    encode::{encode, encode_header},
+    error::StreamError,
+    format::{Attr, Kind},
+    segment::{SegmentHead, SegmentWriter},
+    total::{FileCounter, TotalCounter},
+    validate::{Expectation, Validator},
+    violation::Violation,
+    walk::{Item, Walker},
+};
 
 /// A SHA-256 value.
 pub type Digest = [u8; 32];

@@ -1,0 +1,104 @@
+//! The canonical form of a stream: equal for every send of a snapshot, however the kernel chose its clone sources.
+//!
+//! It has every command that is not about file data, byte for byte without its checksum; a data command only as its range, and
+//! ranges that touch are one. TRUNCATE and FALLOCATE are left out too: what a range holds and how long a file is are fixed by
+//! the read-only snapshot itself. So are SUBVOL and SNAPSHOT, which only say which snapshot it is. It is the form of the stream
+//! as the kernel wrote it, before any rewriting, and that of the stream without file data.
+
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    Mark,
+    command::{Command, DataRange},
+    error::StreamError,
+    format::Kind,
+};
+
+/// The canonical digest of a stream, command by command.
+#[derive(Debug, Clone)]
+pub struct Canonical {
+    hash: Sha256,
+    count: u64,
+    run: Run,
+}
+
+/// Data ranges of one file that touch, so far.
+#[derive(Debug, Clone, Default)]
+struct Run {
+    path: Vec<u8>,
+    start: u64,
+    end: u64,
+    open: bool,
+}
+
+impl Default for Canonical {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Canonical {
+    /// Of no command yet.
+    pub fn new() -> Self {
+        Self { hash: Sha256::new(), count: 0, run: Run::default() }
+    }
+
+    /// Takes in the next command. Is there a mark behind it?
+    ///
+    /// # Errors
+    /// If the command is about data and its range cannot be told.
+    #[inline]
+    pub fn update(&mut self, command: &Command<'_>) -> Result<bool, StreamError> {
+        match command.kind() {
+            Kind::Subvol | Kind::Snapshot | Kind::Truncate | Kind::Fallocate => return Ok(false),
+            Kind::Write | Kind::Clone | Kind::EncodedWrite | Kind::UpdateExtent => {
+                if let Some(range) = command.data_range()? {
+                    self.data(range);
+                }
+                return Ok(false);
+            }
+            _ => {}
+        }
+        self.run.close(&mut self.hash);
+        // Length and command, but not the checksum, which covers nothing else.
+        self.hash.update(&command.bytes()[..6]);
+        self.hash.update(command.body());
+        self.count += 1;
+        Ok(command.kind() == Kind::Utimes)
+    }
+
+    /// Where the stream is now. Another send of the snapshot comes by the same value if this is behind a UTIMES.
+    pub fn mark(&self) -> Mark {
+        let mut hash = self.hash.clone();
+        self.run.clone().close(&mut hash);
+        Mark { count: self.count, digest: hash.finalize().into() }
+    }
+
+    /// [`Self::mark`] at the end of the stream.
+    pub fn finish(&self) -> Mark {
+        self.mark()
+    }
+
+    fn data(&mut self, range: DataRange<'_>) {
+        let run = &mut self.run;
+        if run.open && run.end == range.start && run.path == range.path {
+            run.end = range.end;
+            return;
+        }
+        run.close(&mut self.hash);
+        run.path.clear();
+        run.path.extend_from_slice(range.path);
+        (run.start, run.end, run.open) = (range.start, range.end, true);
+    }
+}
+
+impl Run {
+    fn close(&mut self, hash: &mut Sha256) {
+        if std::mem::take(&mut self.open) {
+            hash.update(b"D");
+            hash.update(self.start.to_le_bytes());
+            hash.update(self.end.to_le_bytes());
+            hash.update(&self.path);
+        }
+    }
+}
