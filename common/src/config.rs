@@ -6,17 +6,30 @@
 
 use std::{
     fmt, io,
+    net::Ipv6Addr,
     num::NonZeroU32,
     ops::Range,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, DeserializeOwned},
+};
 pub use toml::Spanned;
 use tracing::Level;
 
-use crate::{identity::Fingerprint, log::Format, retention::Policy, size::Span, tls::Peers};
+use crate::{
+    identity::Fingerprint,
+    log::Format,
+    retention::Policy,
+    size::Span,
+    tls::{Peers, is_peer_name},
+};
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 /// Why a configuration is not taken.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +97,18 @@ impl Source {
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, ConfigError> {
         toml::from_str(&self.text).map_err(|error| {
             let span = error.span().unwrap_or(0..0);
-            self.wrong(Wrong { span, what: error.message().to_owned() })
+            // A section is missing from the file, which has no place; a key from its section, which has one.
+            let section = error.message().strip_prefix("missing field `").filter(|_| span.is_empty());
+            let what = match section.map(|name| name.trim_end_matches('`')) {
+                Some("volume") => {
+                    "there is no section [[volume]], but one is needed; the example shows what it holds".into()
+                }
+                Some(name) => {
+                    format!("there is no section [{name}], but it is needed; the example shows what it holds")
+                }
+                None => plain(error.message()),
+            };
+            self.wrong(Wrong { span, what })
         })
     }
 
@@ -97,8 +121,38 @@ impl Source {
     }
 
     /// A path of the configuration: relative ones are relative to the file.
-    pub fn resolve(&self, path: &Path) -> PathBuf {
-        self.path.parent().unwrap_or(Path::new(".")).join(path)
+    pub fn resolve(&self, path: &RawPath) -> PathBuf {
+        self.path.parent().unwrap_or(Path::new(".")).join(&path.0)
+    }
+}
+
+/// What serde says, in one line and in the words of TOML instead of those of Rust.
+fn plain(message: &str) -> String {
+    message
+        .replace('\n', ", ")
+        .replace("invalid type: map", "invalid type: table")
+        .replace("invalid type: sequence", "invalid type: list")
+        .replace("expected i64", "expected a whole number")
+        .replace("expected u32", "expected a whole number from 0 to 4294967295")
+        .replace("wanted string or table", "invalid type: expected a string")
+        .replace(
+            "expected a sequence",
+            "expected a list, as in peers = [\"sha256:...\"], or a section in double brackets, as in [[volume]]",
+        )
+}
+
+/// A path as it stands in the file: not empty, without control characters (it gets into logs and other programs' configuration).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawPath(PathBuf);
+
+impl<'de> Deserialize<'de> for RawPath {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text.is_empty() || text.contains(char::is_control) {
+            let what = format_args!("a path is not empty and has no control characters, unlike {text:?}");
+            return Err(de::Error::custom(what));
+        }
+        Ok(Self(text.into()))
     }
 }
 
@@ -113,10 +167,10 @@ pub struct Agent {
 
 /// `[agent]` as it stands in the file.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "the section [agent]")]
 pub struct RawAgent {
     name: Spanned<String>,
-    state_dir: Option<PathBuf>,
+    state_dir: Option<RawPath>,
 }
 
 impl RawAgent {
@@ -127,8 +181,8 @@ impl RawAgent {
         if name.is_empty() || name.len() > 64 || name.chars().any(char::is_control) {
             return Err(Wrong::at(&self.name, "an agent's name is 1 to 64 bytes without control characters"));
         }
-        let state_dir = self.state_dir.unwrap_or_else(|| default_state_dir.into());
-        Ok(Agent { name: name.clone(), state_dir: source.resolve(&state_dir) })
+        let state_dir = self.state_dir.map_or_else(|| default_state_dir.into(), |path| source.resolve(&path));
+        Ok(Agent { name: name.clone(), state_dir })
     }
 }
 
@@ -145,12 +199,12 @@ pub struct Tls {
 
 /// `[tls]` as it stands in the file.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "the section [tls]")]
 pub struct RawTls {
-    certificate: PathBuf,
-    private_key: PathBuf,
+    certificate: RawPath,
+    private_key: RawPath,
     peers: Option<Spanned<Vec<Fingerprint>>>,
-    ca: Option<Spanned<PathBuf>>,
+    ca: Option<Spanned<RawPath>>,
     peer_name: Option<Spanned<String>>,
 }
 
@@ -171,7 +225,13 @@ impl RawTls {
                 ));
             }
             (Some(peers), None, None) => Peers::Pinned(peers.into_inner()),
-            (None, Some(ca), Some(name)) if !name.get_ref().is_empty() => {
+            (None, Some(_), Some(name)) if !is_peer_name(name.get_ref()) => {
+                return Err(Wrong::at(
+                    &name,
+                    "peer_name is a DNS name or an IP address that stands in the peer's certificate",
+                ));
+            }
+            (None, Some(ca), Some(name)) => {
                 Peers::Ca { file: source.resolve(ca.get_ref()), peer_name: name.into_inner() }
             }
             (Some(_), Some(ca), _) => return Err(Wrong::at(&ca, ONE_WAY)),
@@ -196,7 +256,7 @@ pub struct Log {
 
 /// `[log]` as it stands in the file.
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "the section [log]")]
 pub struct RawLog {
     #[serde(default)]
     format: Format,
@@ -233,15 +293,29 @@ impl RawLog {
 
 /// `keep = { last = 3 }`
 #[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a table as in keep = { last = 3 }")]
 pub struct RawKeep {
-    last: NonZeroU32,
+    last: Last,
+}
+
+/// How many snapshots stay: at least 1, for the newest always stays.
+#[derive(Debug, Clone, Copy)]
+struct Last(NonZeroU32);
+
+impl<'de> Deserialize<'de> for Last {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = i64::deserialize(deserializer)?;
+        let legal = u32::try_from(number).ok().and_then(NonZeroU32::new);
+        legal.map(Self).ok_or_else(|| {
+            de::Error::custom(format_args!("last is 1 to {}, not {number}: the newest snapshot always stays", u32::MAX))
+        })
+    }
 }
 
 impl RawKeep {
     /// The policy; the default if none is given.
     pub fn policy(keep: Option<Self>) -> Policy {
-        keep.map_or_else(Policy::default, |keep| Policy { last: keep.last })
+        keep.map_or_else(Policy::default, |keep| Policy { last: keep.last.0 })
     }
 }
 
@@ -266,23 +340,37 @@ pub fn at_least(
 
 /// `host:port`, an IPv6 address in brackets: checked for its form while it is parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostPort(pub String);
+pub struct HostPort {
+    /// As it stands in the file.
+    pub text: String,
+    /// The part behind the last colon.
+    pub port: u16,
+}
 
 impl<'de> Deserialize<'de> for HostPort {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let legal = text.rsplit_once(':').is_some_and(|(host, port)| {
-            let bare = !host.is_empty() && !host.contains(':');
-            let bracketed = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
-            (bare || bracketed) && port.parse::<u16>().is_ok()
-        });
-        if legal {
-            Ok(Self(text))
-        } else {
-            let what = "an address is host:port as in \"mirror.example.org:7440\" or \"[::]:7440\"";
-            Err(serde::de::Error::custom(format_args!("{what}, not {text:?}")))
+        match port(&text) {
+            Some(port) => Ok(Self { text, port }),
+            None => Err(de::Error::custom(format_args!(
+                "an address is host:port as in \"mirror.example.org:7440\" or \"[::]:7440\", not {text:?}"
+            ))),
         }
     }
+}
+
+/// The port of `host:port`, if that is what the text is.
+fn port(text: &str) -> Option<u16> {
+    let (host, port) = text.rsplit_once(':')?;
+    let legal_host = match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').is_some_and(|inner| {
+            // The zone of a link-local address is the system's to judge.
+            inner.split('%').next().is_some_and(|address| address.parse::<Ipv6Addr>().is_ok())
+        }),
+        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)),
+    };
+    let digits = port.bytes().all(|b| b.is_ascii_digit());
+    port.parse().ok().filter(|_| legal_host && digits)
 }
 
 /// The first name that stands twice.
@@ -296,7 +384,10 @@ pub fn all_different<'a, T: PartialEq + fmt::Display + 'a>(
     let mut seen: Vec<&T> = Vec::new();
     for name in names {
         if seen.contains(&name.get_ref()) {
-            return Err(Wrong::at(name, format_args!("{what} {} stands here twice", name.get_ref())));
+            return Err(Wrong::at(
+                name,
+                format_args!("there is a {what} {} above already: each has a name of its own", name.get_ref()),
+            ));
         }
         seen.push(name.get_ref());
     }

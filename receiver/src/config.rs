@@ -8,8 +8,8 @@ use std::{
 
 use common::{
     config::{
-        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawTls, Source, Spanned, Tls, Wrong, all_different,
-        at_least,
+        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawPath, RawTls, Source, Spanned, Tls, Wrong,
+        all_different, at_least,
     },
     retention::Policy,
     size::Span,
@@ -102,27 +102,27 @@ struct RawConfig {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "the section [listen]")]
 struct RawListen {
     address: Option<HostPort>,
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a section [[volume]]")]
 struct RawVolume {
     name: Spanned<VolumeName>,
-    store: PathBuf,
-    publish: Spanned<PathBuf>,
+    store: RawPath,
+    publish: Spanned<RawPath>,
     keep: Option<RawKeep>,
 }
 
 #[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "the section [rsync]")]
 struct RawRsync {
     #[serde(default)]
     mode: RsyncMode,
     address: Option<Address>,
-    port: Option<u16>,
+    port: Option<Spanned<i64>>,
     user: Option<Spanned<String>>,
     timeout: Option<Spanned<Span>>,
     max_connections: Option<u32>,
@@ -136,7 +136,9 @@ impl<'de> Deserialize<'de> for Address {
         let text = String::deserialize(deserializer)?;
         let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(&text);
         bare.parse().map(Self).map_err(|_| {
-            serde::de::Error::custom(format_args!("an address is an IP address as in \"[::]\" or \"0.0.0.0\", not {text:?}"))
+            serde::de::Error::custom(format_args!(
+                "an address is an IP address as in \"[::]\" or \"0.0.0.0\", not {text:?}"
+            ))
         })
     }
 }
@@ -159,42 +161,95 @@ impl RawConfig {
             return Err(Wrong::at(&self.volume, "at least one [[volume]] is needed"));
         }
         all_different(self.volume.get_ref().iter().map(|volume| &volume.name), "volume")?;
-        let volumes = self.volume.into_inner().into_iter().map(|volume| volume.judge(source));
+        apart(self.volume.get_ref(), source)?;
+        let volumes = self.volume.into_inner().into_iter().map(|volume| volume.judge(source)).collect();
         Ok(Config {
             agent: self.agent.judge(source, STATE_DIR)?,
             tls: RawTls::judge(self.tls, source)?,
-            listen: Listen { address: self.listen.address.map_or_else(|| "[::]:7440".to_owned(), |address| address.0) },
-            volumes: volumes.collect::<Result<_, _>>()?,
+            listen: Listen {
+                address: self.listen.address.map_or_else(|| "[::]:7440".to_owned(), |address| address.text),
+            },
+            volumes,
             rsync: self.rsync.judge()?,
             log: self.log.judge()?,
         })
     }
 }
 
-impl RawVolume {
-    fn judge(self, source: &Source) -> Result<Volume, Wrong> {
-        let (store, publish) = (source.resolve(&self.store), source.resolve(self.publish.get_ref()));
-        if publish.starts_with(&store) || store.starts_with(&publish) {
-            return Err(Wrong::at(&self.publish, "publish and store are two directories, neither inside the other"));
+/// Every `publish` is a directory of its own: not inside another volume's, nor inside any `store`, nor around one. (Volumes may
+/// share a store: their snapshots have their names.)
+fn apart(volumes: &[RawVolume], source: &Source) -> Result<(), Wrong> {
+    let overlap = |a: &Path, b: &Path| a.starts_with(b) || b.starts_with(a);
+    for (index, volume) in volumes.iter().enumerate() {
+        let publish = source.resolve(volume.publish.get_ref());
+        if volumes.iter().any(|other| overlap(&publish, &source.resolve(&other.store))) {
+            return Err(Wrong::at(&volume.publish, "publish and store are two directories, neither inside the other"));
         }
-        Ok(Volume { name: self.name.into_inner(), store, publish, keep: RawKeep::policy(self.keep) })
+        if volumes[..index].iter().any(|other| overlap(&publish, &source.resolve(other.publish.get_ref()))) {
+            return Err(Wrong::at(
+                &volume.publish,
+                "each volume has a publish directory of its own, not inside another's",
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl RawVolume {
+    fn judge(self, source: &Source) -> Volume {
+        Volume {
+            name: self.name.into_inner(),
+            store: source.resolve(&self.store),
+            publish: source.resolve(self.publish.get_ref()),
+            keep: RawKeep::policy(self.keep),
+        }
     }
 }
 
 impl RawRsync {
     fn judge(self) -> Result<Rsync, Wrong> {
         if let Some(user) = &self.user
-            && (user.get_ref().is_empty() || !user.get_ref().bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b)))
+            && (user.get_ref().is_empty()
+                || !user.get_ref().bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b)))
         {
             return Err(Wrong::at(user, "user is the name of an account, of the characters A-Z a-z 0-9 _ - ."));
         }
+        let port = match self.port {
+            None => 873,
+            Some(port) => match u16::try_from(*port.get_ref()) {
+                Ok(number) if number > 0 => number,
+                _ => return Err(Wrong::at(&port, "port is 1 to 65535")),
+            },
+        };
         Ok(Rsync {
             mode: self.mode,
             address: self.address.map_or(IpAddr::from([0u16; 8]), |address| address.0),
-            port: self.port.unwrap_or(873),
+            port,
             user: self.user.map_or_else(|| "nobody".to_owned(), Spanned::into_inner),
             timeout: at_least(self.timeout, Duration::from_secs(1), Duration::from_secs(600), "timeout")?,
             max_connections: self.max_connections.unwrap_or(0),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use common::config::testing;
+
+    use super::*;
+
+    /// The directory of the crate's siblings.
+    const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+    #[test]
+    fn the_example_is_legal_and_states_the_defaults() {
+        testing::example_states_the_defaults(&Path::new(ROOT).join("deploy/receiver.example.toml"), Config::load);
+    }
+
+    #[test]
+    fn bad_files_fail_each_with_its_message() {
+        testing::bad_files_fail(&Path::new(ROOT).join("tests/bad-config/receiver"), Config::load);
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use common::{
     config::{
-        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawTls, Source, Spanned, Tls, Wrong,
+        Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawPath, RawTls, Source, Spanned, Tls, Wrong,
         all_different, at_least,
     },
     retention::Policy,
@@ -93,18 +93,18 @@ struct RawConfig {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "the section [receiver]")]
 struct RawReceiver {
-    address: HostPort,
+    address: Spanned<HostPort>,
     connect_timeout: Option<Spanned<Span>>,
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a section [[volume]]")]
 struct RawVolume {
     name: Spanned<VolumeName>,
-    source: PathBuf,
-    snapshot_dir: Spanned<PathBuf>,
+    source: RawPath,
+    snapshot_dir: Spanned<RawPath>,
     interval: Option<Spanned<Span>>,
     keep: Option<RawKeep>,
     #[serde(default)]
@@ -135,18 +135,24 @@ impl RawConfig {
         Ok(Config {
             agent: self.agent.judge(source, STATE_DIR)?,
             tls: RawTls::judge(self.tls, source)?,
-            receiver: Receiver {
-                address: self.receiver.address.0,
-                connect_timeout: at_least(
-                    self.receiver.connect_timeout,
-                    Duration::from_millis(100),
-                    Duration::from_secs(10),
-                    "connect_timeout",
-                )?,
-            },
+            receiver: self.receiver.judge()?,
             volumes: volumes.collect::<Result<_, _>>()?,
             log: self.log.judge()?,
         })
+    }
+}
+
+impl RawReceiver {
+    fn judge(self) -> Result<Receiver, Wrong> {
+        if self.address.get_ref().port == 0 {
+            return Err(Wrong::at(
+                &self.address,
+                "nobody can be called at port 0: name the port of [listen] in receiver.toml",
+            ));
+        }
+        let (least, default) = (Duration::from_millis(100), Duration::from_secs(10));
+        let connect_timeout = at_least(self.connect_timeout, least, default, "connect_timeout")?;
+        Ok(Receiver { address: self.address.into_inner().text, connect_timeout })
     }
 }
 
@@ -154,7 +160,10 @@ impl RawVolume {
     fn judge(self, source: &Source) -> Result<Volume, Wrong> {
         let (from, into) = (source.resolve(&self.source), source.resolve(self.snapshot_dir.get_ref()));
         if into.starts_with(&from) {
-            return Err(Wrong::at(&self.snapshot_dir, "snapshot_dir lies outside the source, on the same file system"));
+            return Err(Wrong::at(
+                &self.snapshot_dir,
+                "snapshot_dir lies outside the source, on the same file system: a snapshot would be in every later one",
+            ));
         }
         Ok(Volume {
             name: self.name.into_inner(),
@@ -165,5 +174,34 @@ impl RawVolume {
             digest: self.digest,
             compression: self.compression,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use common::config::testing;
+
+    use super::*;
+
+    /// The directory of the crate's siblings.
+    const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+    #[test]
+    fn the_example_is_legal_and_states_the_defaults() {
+        testing::example_states_the_defaults(&Path::new(ROOT).join("deploy/sender.example.toml"), Config::load);
+    }
+
+    #[test]
+    fn bad_files_fail_each_with_its_message() {
+        testing::bad_files_fail(&Path::new(ROOT).join("tests/bad-config/sender"), Config::load);
+    }
+
+    #[test]
+    fn relative_paths_are_relative_to_the_file() {
+        let config = Config::load(&Path::new(ROOT).join("deploy/sender.example.toml")).unwrap();
+        assert_eq!(config.tls.certificate, Path::new(ROOT).join("deploy/sender.crt"));
+        assert_eq!(config.volumes[0].source, Path::new("/var/cache/publish"));
     }
 }
