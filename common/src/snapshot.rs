@@ -2,7 +2,8 @@
 //!
 //! A snapshot is *identified* by what a send of it puts into its stream: (uuid, ctransid). Its *name* says which volume it
 //! belongs to and when it was taken, for people and for retention. Its *order* among the snapshots of its volume is its
-//! ctransid, the transaction of the source file system that made it: that number never runs backwards, clocks do.
+//! ctransid, the transaction of the source file system that changed the source last: that number never runs backwards, clocks do.
+//! Two snapshots between which nothing changed have the same ctransid; then, and only then, the time in the name decides.
 
 use std::{fmt, str::FromStr};
 
@@ -146,7 +147,7 @@ pub struct SnapshotId {
     /// As in the stream's SUBVOL or SNAPSHOT command, in RFC 4122 byte order.
     #[serde(with = "uuid_bytes")]
     pub uuid: Uuid,
-    /// The transaction of the source file system in which the snapshot was made; it orders the snapshots of a volume.
+    /// The transaction of the source file system that changed the source last; it orders the snapshots of a volume.
     pub ctransid: u64,
 }
 

@@ -26,7 +26,8 @@ pub fn check(config: &Config) -> Exit {
     if let Some(version) = findings.judge("btrfs receive", receive::stream_version())
         && version < 2
     {
-        findings.note("btrfs-progs is older than 6.0: streams of version 1, which lose the length of holes beyond 4 GiB");
+        findings
+            .note("btrfs-progs is older than 6.0: streams of version 1, which lose the length of holes beyond 4 GiB");
     }
     for volume in &config.volumes {
         check_volume(&mut findings, volume);
@@ -47,7 +48,9 @@ fn check_volume(findings: &mut Findings, volume: &Volume) {
         Err(error) => findings.error(&error),
     }
     match btrfs::has_qgroups(existing) {
-        Ok(true) => findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)")),
+        Ok(true) => {
+            findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)"))
+        }
         Ok(false) => findings.good(&format!("{name}: quotas are off")),
         // Not on btrfs: said above.
         Err(_) => {}
@@ -81,9 +84,8 @@ fn check_rsync(findings: &mut Findings, config: &Config) {
     }
     let address = SocketAddr::from((config.rsync.address, config.rsync.port));
     let user = Path::new("/etc/passwd");
-    let known = std::fs::read_to_string(user).is_ok_and(|users| {
-        users.lines().any(|line| line.split(':').next() == Some(config.rsync.user.as_str()))
-    });
+    let known = std::fs::read_to_string(user)
+        .is_ok_and(|users| users.lines().any(|line| line.split(':').next() == Some(config.rsync.user.as_str())));
     if known {
         findings.good(&format!("rsync daemon at {address} as {}", config.rsync.user));
     } else {

@@ -6,8 +6,11 @@ use clap::{Parser, Subcommand};
 
 /// Receives btrfs snapshots from snapferry-sender, publishes them without a gap and serves them by rsync.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "Exit codes: 0 done, 1 failed, 2 bad command line or configuration, \
-    3 another agent holds this volume, 4 the peer cannot be reached or is not who it should be.")]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad command line or configuration, \
+    3 another agent holds this volume, 4 the peer cannot be reached or is not who it should be."
+)]
 pub struct Cli {
     /// The configuration
     #[arg(long, global = true, value_name = "FILE", default_value = "/etc/snapferry/receiver.toml")]

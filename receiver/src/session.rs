@@ -313,10 +313,7 @@ fn find(host: &Host, name: &VolumeName) -> Option<Arc<Volume>> {
 }
 
 fn unknown(name: &VolumeName) -> Refused {
-    Refused {
-        why: Refusal::UnknownVolume,
-        detail: format!("no [[volume]] of receiver.toml has the name {name}"),
-    }
+    Refused { why: Refusal::UnknownVolume, detail: format!("no [[volume]] of receiver.toml has the name {name}") }
 }
 
 async fn refuse(link: &SenderLink, snapshot: &Snapshot, Refused { why, detail }: Refused) {

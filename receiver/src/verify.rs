@@ -58,7 +58,9 @@ pub enum VerifyError {
         which: &'static str,
     },
     /// `btrfs receive` said yes, but there is no complete subvolume of that identity.
-    #[error("after btrfs receive there is no read-only subvolume {name} with received uuid {id}; look at `btrfs subvolume show`")]
+    #[error(
+        "after btrfs receive there is no read-only subvolume {name} with received uuid {id}; look at `btrfs subvolume show`"
+    )]
     Missing {
         /// Its name.
         name: String,

@@ -9,7 +9,7 @@ use std::{
 
 use common::{
     lock::{Lock, LockError},
-    retention::{self, Reason},
+    retention::{self, Reason, newest_first},
     snapshot::{Snapshot, SnapshotId},
     wire::message::{Inventory, Offer, Refusal},
 };
@@ -114,7 +114,7 @@ impl Volume {
         let newest = self.store.snapshots()?.into_iter().next();
         let published = self.publisher().published().cloned();
         if let Some(newest) = newest
-            && published.is_none_or(|published| published.id.ctransid < newest.snapshot.id.ctransid)
+            && published.is_none_or(|published| newest_first(&published) > newest_first(&newest.snapshot))
         {
             tracing::info!(volume = %self.config.name, snapshot = %newest.snapshot, "complete, but not published yet");
             let verified = verify::verify(&self.store, &newest.snapshot)?;

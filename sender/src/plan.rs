@@ -3,6 +3,7 @@
 use std::fmt;
 
 use common::{
+    retention::newest_first,
     snapshot::{Snapshot, SnapshotId},
     wire::message::Inventory,
 };
@@ -61,10 +62,10 @@ impl fmt::Display for Base {
 
 /// Decides what to send. `ours` are our read-only snapshots of the volume, in any order.
 ///
-/// A snapshot is older or newer by its ctransid, not by a clock. A base must be older than what is sent: the kernel would
+/// A snapshot is older or newer by its ctransid, not by a clock, unless nothing changed between the two. A base must be older than what is sent: the kernel would
 /// compute a difference backwards too, but a replica that goes back in time is never what an operator expects.
 pub fn plan(ours: &[Snapshot], inventory: &Inventory) -> Plan {
-    let Some(newest) = ours.iter().max_by_key(|snapshot| snapshot.id.ctransid) else {
+    let Some(newest) = ours.iter().min_by_key(|snapshot| newest_first(snapshot)) else {
         return Plan::NoSnapshot;
     };
     if inventory.published.as_ref().is_some_and(|published| published.id == newest.id) {
@@ -73,8 +74,8 @@ pub fn plan(ours: &[Snapshot], inventory: &Inventory) -> Plan {
     let theirs = |id: SnapshotId| inventory.snapshots.iter().any(|snapshot| snapshot.id == id);
     let common = ours
         .iter()
-        .filter(|snapshot| snapshot.id.ctransid < newest.id.ctransid && theirs(snapshot.id))
-        .max_by_key(|snapshot| snapshot.id.ctransid);
+        .filter(|snapshot| newest_first(snapshot) > newest_first(newest) && theirs(snapshot.id))
+        .min_by_key(|snapshot| newest_first(snapshot));
     let base = match common {
         Some(base) => Base::Common(base.clone()),
         None if inventory.snapshots.is_empty() => Base::FirstTransfer,
@@ -123,6 +124,17 @@ mod tests {
             panic!("nothing to send")
         };
         assert_eq!((sent.id.ctransid, base), (8, Base::Common(snapshot(7, 50))));
+    }
+
+    #[test]
+    fn a_snapshot_of_an_unchanged_source_is_newer_by_its_name_and_has_the_one_before_as_its_base() {
+        let twin = |second: u64| {
+            let id = SnapshotId { uuid: uuid::Uuid::from_u128(u128::from(second)), ctransid: 7 };
+            Snapshot { id, ..snapshot(7, second) }
+        };
+        let theirs = Inventory { snapshots: vec![twin(10)], published: Some(twin(10)), ..inventory(&[], None) };
+        let expected = Plan::Send { snapshot: twin(20), base: Base::Common(twin(10)) };
+        assert_eq!(plan(&[twin(10), twin(20)], &theirs), expected);
     }
 
     #[test]
