@@ -43,7 +43,7 @@ const RAN_WELL: Duration = Duration::from_secs(60);
 /// How long daemon and clients may take to end before they are killed: a shutdown has 5 seconds for everything.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 /// How often it is looked whether they have ended.
-const STOP_POLL: Duration = Duration::from_millis(10);
+const STOP_POLL: Duration = Duration::from_millis(20);
 
 /// A line of the daemon's log is cut here: it may contain a file name that a client made up.
 const MAX_LINE_BYTES: u64 = 4096;
@@ -222,7 +222,7 @@ async fn end(mut child: Child) {
     let _ = rustix::process::kill_process_group(group, Signal::TERM);
     let gone = async {
         let _ = child.wait().await;
-        while rustix::process::test_kill_process_group(group).is_ok() {
+        while is_alive(group) {
             sleep(STOP_POLL).await;
         }
     };
@@ -231,6 +231,24 @@ async fn end(mut child: Child) {
         let _ = rustix::process::kill_process_group(group, Signal::KILL);
         let _ = child.wait().await;
     }
+}
+
+/// Whether a process of the group has not ended. Those that wait to be reaped have: that is the business of pid 1, which takes its
+/// time on some machines, and to kill(2) they are all the same.
+fn is_alive(group: Pid) -> bool {
+    if rustix::process::test_kill_process_group(group).is_err() {
+        return false;
+    }
+    let Ok(processes) = std::fs::read_dir("/proc") else { return true };
+    let stat = |entry: io::Result<std::fs::DirEntry>| std::fs::read_to_string(entry.ok()?.path().join("stat")).ok();
+    processes.filter_map(stat).any(|stat| is_running_in(&stat, group.as_raw_pid()))
+}
+
+/// Reads a process's `stat`: `pid (name) state parent group ...`, where the name may contain anything.
+fn is_running_in(stat: &str, group: i32) -> bool {
+    let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace();
+    let (state, of_group) = (fields.next(), fields.nth(1));
+    of_group.is_some_and(|field| field.parse() == Ok(group)) && !matches!(state, Some("Z" | "X"))
 }
 
 /// What the daemon says goes to our log, line by line, without its clock.

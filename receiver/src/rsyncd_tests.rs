@@ -238,3 +238,12 @@ fn a_line_loses_the_clock_that_our_log_has_already() {
         assert_eq!(without_clock(line), line);
     }
 }
+
+#[test]
+fn who_has_ended_but_is_not_reaped_does_not_count() {
+    assert!(is_running_in("7 (rsync) S 1 5 5 0", 5));
+    assert!(is_running_in("7 (a) Z 1 9 (b) S 1 5 5 0", 5), "a name may contain anything");
+    for other in ["7 (rsync) Z 1 5 5 0", "7 (rsync) S 5 6 5 0", "7 (rsync) S 1", ""] {
+        assert!(!is_running_in(other, 5), "{other}");
+    }
+}
