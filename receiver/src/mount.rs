@@ -98,13 +98,6 @@ fn call(what: &'static str, path: &Path) -> impl FnOnce(Errno) -> MountError {
     move |errno| MountError::Call { what, path, source: errno.into() }
 }
 
-/// Whether what is mounted by this process is seen by the host: false in a service that systemd gave a mount namespace of its
-/// own (PrivateTmp=, ProtectSystem= ...), whose mounts nobody else sees and that vanish with it. None if that cannot be told.
-pub fn is_seen_by_the_host() -> Option<bool> {
-    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
-    Some(namespace("self")? == namespace("1")?)
-}
-
 /// The mount whose root `path` is (the topmost one, if several are stacked there), or None if nothing is mounted there.
 ///
 /// Fails if `path` does not exist. A symlink is not followed.

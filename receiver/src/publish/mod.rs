@@ -154,13 +154,11 @@ impl Publisher {
     pub fn publish(&mut self, verified: Verified) -> Result<Published, PublishError> {
         let begun = Instant::now();
         let live = self.layout.look_at_live()?;
-        let swap = if live == Some(Occupant::Snapshot(verified.snapshot().clone())) {
+        if live == Some(Occupant::Snapshot(verified.snapshot().clone())) {
             self.settle(verified.snapshot().clone())?;
-            Duration::ZERO
-        } else {
-            self.put_live(verified.snapshot(), verified.path(), live)?
-        };
-        Ok(Published { swap, total: begun.elapsed() })
+            return Ok(Published { swap: Duration::ZERO, total: begun.elapsed() });
+        }
+        self.put_live(verified.snapshot(), verified.path(), live)
     }
 
     /// The volume.
@@ -178,13 +176,14 @@ impl Publisher {
         &self.state.retiring
     }
 
-    /// The path of the rsync module, and of anything else that serves the volume.
-    pub fn live_tree(&self) -> PathBuf {
-        self.layout.live_tree()
-    }
-
-    /// The seven steps. `live` is who is there now. Returns what the exchange took.
-    fn put_live(&mut self, snapshot: &Snapshot, path: &Path, live: Option<Occupant>) -> Result<Duration, PublishError> {
+    /// The seven steps. `live` is who is there now.
+    fn put_live(
+        &mut self,
+        snapshot: &Snapshot,
+        path: &Path,
+        live: Option<Occupant>,
+    ) -> Result<Published, PublishError> {
+        let begun = Instant::now();
         let number = self.next_generation()?;
         let exchanged = self.stage(number, snapshot, path, live.as_ref()).and_then(|()| self.exchange(number, &live));
         let swap = match exchanged {
@@ -197,8 +196,6 @@ impl Publisher {
         // From here on the new snapshot is the published one, even if writing that down should fail.
         self.state.published = Some(snapshot.clone());
         self.state.intent = None;
-        let volume = self.layout.volume();
-        tracing::info!(%volume, %snapshot, swap_us = micros(swap), generation = number, "published");
         let former = live.as_ref().and_then(Occupant::as_snapshot).cloned();
         if matches!(live, Some(Occupant::Snapshot(_) | Occupant::Spoiled(_))) {
             self.state.retiring.push(Retiring { generation: number, snapshot: former, since: Timestamp::now() });
@@ -208,10 +205,14 @@ impl Publisher {
         self.file.store(&self.state)?;
         crash::point("publish", 7);
         if live == Some(Occupant::Nobody) {
-            // After a reboot: nothing was mounted at the `live` that is gen-N now.
-            self.layout.remove(number)?;
+            // After a reboot: nothing was mounted at the `live` that is gen-N now. If it stays, the next recovery removes it.
+            let _ = self.layout.remove(number);
         }
-        synced.map(|()| swap)
+        synced?;
+        let published = Published { swap, total: begun.elapsed() };
+        let (swap_us, publish_us) = (micros(swap), micros(published.total));
+        tracing::info!(volume = %self.volume(), %snapshot, swap_us, publish_us, generation = number, "published");
+        Ok(published)
     }
 
     /// Steps 1 to 4: everything that may take time or fail.

@@ -14,15 +14,6 @@ use crate::mount;
 #[derive(Debug)]
 pub struct Unrecovered(pub(super) Publisher);
 
-/// What a recovery came to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Recovered {
-    /// What `live/tree` shows now.
-    pub published: Option<Snapshot>,
-    /// What had to be done for it.
-    pub how: Recovery,
-}
-
 /// What a recovery had to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Recovery {
@@ -52,16 +43,15 @@ impl Unrecovered {
     ///
     /// `complete` are the complete snapshots of the store. Nobody is disturbed: a generation that still has clients stays on
     /// the list of the retiring.
-    pub fn recover(self, complete: &[Found]) -> Result<(Publisher, Recovered), PublishError> {
+    pub fn recover(self, complete: &[Found]) -> Result<(Publisher, Recovery), PublishError> {
         let Self(mut publisher) = self;
         let how = publisher.restore_live(complete)?;
         publisher.sweep()?;
         if publisher.file.load()? != publisher.state {
             publisher.file.store(&publisher.state)?;
         }
-        let published = publisher.state.published.clone();
         let volume = publisher.layout.volume();
-        match (&published, &how) {
+        match (&publisher.state.published, &how) {
             (Some(snapshot), Recovery::Kept) => tracing::info!(%volume, %snapshot, "still published"),
             (None, Recovery::Lost(lost)) => {
                 let snapshot = lost.first().map(Snapshot::to_string);
@@ -72,7 +62,7 @@ impl Unrecovered {
             }
             _ => {}
         }
-        Ok((publisher, Recovered { published, how }))
+        Ok((publisher, how))
     }
 }
 

@@ -19,10 +19,7 @@ use jiff::SignedDuration;
 use rustix::mount::UnmountFlags;
 use uuid::Uuid;
 
-use super::{
-    recover::{Recovered, Recovery},
-    *,
-};
+use super::{recover::Recovery, *};
 use crate::store::Store;
 
 /// A mirror box: a file system with a store, a directory to publish in, and a state directory.
@@ -80,11 +77,11 @@ impl Mirror {
         Verified::unchecked(snapshot(n), self.path(n))
     }
 
-    fn recover(&self) -> (Publisher, Recovered) {
+    fn recover(&self) -> (Publisher, Recovery) {
         self.try_recover().unwrap()
     }
 
-    fn try_recover(&self) -> Result<(Publisher, Recovered), PublishError> {
+    fn try_recover(&self) -> Result<(Publisher, Recovery), PublishError> {
         recover(&self.home)
     }
 
@@ -141,7 +138,7 @@ impl Mirror {
     }
 }
 
-fn recover(home: &Path) -> Result<(Publisher, Recovered), PublishError> {
+fn recover(home: &Path) -> Result<(Publisher, Recovery), PublishError> {
     let store = Store::open(&home.join("store"), volume()).unwrap();
     Publisher::open(&volume(), &home.join("publish"), &home.join("state"))?.recover(&store.snapshots().unwrap())
 }
@@ -194,7 +191,7 @@ fn another_process() {
 fn the_first_publication_and_the_next() {
     let mirror = Mirror::new();
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered, Recovered { published: None, how: Recovery::Nothing });
+    assert_eq!((publisher.published(), recovered), (None, Recovery::Nothing));
     assert!(!mirror.publish().join("live").exists(), "an empty directory must not be published");
 
     let published = publisher.publish(mirror.verified(1)).unwrap();
@@ -248,7 +245,7 @@ fn who_is_inside_stays_inside_until_they_leave() {
     // The agent is restarted meanwhile: the client is not forgotten, nor is the time.
     let since = publisher.retiring()[0].since;
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered, Recovered { published: Some(snapshot(3)), how: Recovery::Kept });
+    assert_eq!((publisher.published(), recovered), (Some(&snapshot(3)), Recovery::Kept));
     assert_eq!((publisher.retiring()[0].snapshot.clone(), publisher.retiring()[0].since), (Some(snapshot(1)), since));
     assert_eq!(tick(&mut publisher), []);
     // What it is inside can even be published again.
@@ -276,9 +273,13 @@ fn a_crash_behind_any_step_is_mended() {
                 mirror.reboot();
                 assert_eq!(mirror.seen(), None);
             }
-            let (mut publisher, recovered) = mirror.recover();
+            let (mut publisher, _) = mirror.recover();
             let expected = if step < 4 { former } else { Some(2) };
-            assert_eq!(recovered.published, expected.map(snapshot), "step {step}, former {former:?}, reboot {reboot}");
+            assert_eq!(
+                publisher.published(),
+                expected.map(snapshot).as_ref(),
+                "step {step}, former {former:?}, reboot {reboot}"
+            );
             mirror.is_tidy(&mut publisher, expected);
             // And life goes on.
             publisher.publish(mirror.verified(3)).unwrap();
@@ -305,8 +306,8 @@ fn a_crash_in_the_recovery_from_a_crash_is_mended() {
         if !reboot {
             assert!(matches!(mirror.seen(), Some(1 | 2)));
         }
-        let (mut publisher, recovered) = mirror.recover();
-        assert_eq!(recovered.published, Some(snapshot(2)), "steps {first} and {second}, reboot {reboot}");
+        let (mut publisher, _) = mirror.recover();
+        assert_eq!(publisher.published(), Some(&snapshot(2)), "steps {first} and {second}, reboot {reboot}");
         mirror.is_tidy(&mut publisher, Some(2));
     }
 }
@@ -319,7 +320,7 @@ fn a_crash_while_retiring_is_mended() {
         mirror.recover().0.publish(mirror.verified(1)).unwrap();
         mirror.dies(2, &format!("retire:{step}"));
         let (mut publisher, recovered) = mirror.recover();
-        assert_eq!(recovered, Recovered { published: Some(snapshot(2)), how: Recovery::Kept });
+        assert_eq!((publisher.published(), recovered), (Some(&snapshot(2)), Recovery::Kept));
         mirror.is_tidy(&mut publisher, Some(2));
     }
 }
@@ -337,7 +338,7 @@ fn the_mounts_know_better_than_an_older_state_file() {
 
     fs::write(&file, &older).unwrap();
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered, Recovered { published: Some(snapshot(3)), how: Recovery::Kept });
+    assert_eq!((publisher.published(), recovered), (Some(&snapshot(3)), Recovery::Kept));
     mirror.is_tidy(&mut publisher, Some(3));
     // The same, rolled back by hand to what the intent wanted to replace.
     publisher.publish(mirror.verified(1)).unwrap();
@@ -351,7 +352,7 @@ fn the_mounts_know_better_than_an_older_state_file() {
     fs::write(&file, &older).unwrap();
     mirror.reboot();
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered, Recovered { published: Some(snapshot(2)), how: Recovery::Restored });
+    assert_eq!((publisher.published(), recovered), (Some(&snapshot(2)), Recovery::Restored));
     mirror.is_tidy(&mut publisher, Some(2));
     // A file that is none.
     fs::write(&file, "generation = -1").unwrap();
@@ -369,12 +370,12 @@ fn a_snapshot_that_is_gone_from_the_store_is_not_published() {
     mirror.reboot();
     btrfs::delete(&mirror.path(2)).unwrap();
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered, Recovered { published: Some(snapshot(1)), how: Recovery::Restored });
+    assert_eq!((publisher.published(), recovered), (Some(&snapshot(1)), Recovery::Restored));
     mirror.is_tidy(&mut publisher, Some(1));
     // Deleted while it is mounted: it is no snapshot any more, and nothing else is known to be good.
     btrfs::delete(&mirror.path(1)).unwrap();
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered, Recovered { published: None, how: Recovery::Lost(vec![snapshot(1)]) });
+    assert_eq!((publisher.published(), recovered), (None, Recovery::Lost(vec![snapshot(1)])));
     publisher.publish(mirror.verified(3)).unwrap();
     assert_eq!(publisher.retiring()[0].snapshot, None);
     mirror.is_tidy(&mut publisher, Some(3));
@@ -399,7 +400,7 @@ fn what_is_not_ours_is_named_and_left_alone() {
     fs::remove_file(live.join("notes")).unwrap();
     // Empty: that is what a reboot leaves.
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered.how, Recovery::Nothing);
+    assert_eq!(recovered, Recovery::Nothing);
     publisher.publish(mirror.verified(1)).unwrap();
     mirror.is_tidy(&mut publisher, Some(1));
 
@@ -440,7 +441,7 @@ fn a_foreign_mount_is_not_touched() {
     mirror.reboot();
     run(Command::new("mount").arg("--bind").arg(mirror.path(2)).arg(&tree));
     let (mut publisher, recovered) = mirror.recover();
-    assert_eq!(recovered, Recovered { published: Some(snapshot(2)), how: Recovery::Kept });
+    assert_eq!((publisher.published(), recovered), (Some(&snapshot(2)), Recovery::Kept));
     mirror.is_tidy(&mut publisher, Some(2));
 }
 
