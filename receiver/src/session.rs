@@ -164,7 +164,7 @@ async fn take(link: &mut SenderLink, host: &Host, offer: Offer) -> bool {
             publish(link, host, &volume, verified, Instant::now()).await
         }
         Ok(Ok(Admitted::Order(order))) => {
-            Transfer { host, volume: &volume, offer: &offer, taken_over: &turn.taken_over }.run(link, order).await
+            Transfer { host, volume: &volume, offer: &offer, taken_over: &turn.taken_over }.run(link, *order).await
         }
         Ok(Err(refused)) => {
             refuse(link, &snapshot, refused).await;

@@ -193,12 +193,12 @@ impl Volume {
                 detail: format!("the base {base} is not in {}", self.store.dir().display()),
             });
         }
-        Ok(Admitted::Order(Order {
+        Ok(Admitted::Order(Box::new(Order {
             volume: self.config.name.clone(),
             offer: offer.clone(),
             store: self.store.clone(),
             mount_point: self.mount_point.clone(),
-        }))
+        })))
     }
 
     /// Publishes.
@@ -248,7 +248,7 @@ pub enum Admitted {
     /// It is here already.
     Complete(Verified),
     /// It can be applied.
-    Order(Order),
+    Order(Box<Order>),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
