@@ -11,7 +11,7 @@ use common::{
 
 use crate::{
     config::{Config, RsyncMode, Volume},
-    receive,
+    mount, receive,
 };
 
 /// Checks everything and says what it found. [`Exit::Failed`] if anything is in the way of a transfer.
@@ -49,7 +49,7 @@ fn check_volume(findings: &mut Findings, volume: &Volume) {
     }
     match btrfs::has_qgroups(existing) {
         Ok(true) => {
-            findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)"))
+            findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)"));
         }
         Ok(false) => findings.good(&format!("{name}: quotas are off")),
         // Not on btrfs: said above.
@@ -81,6 +81,9 @@ fn check_rsync(findings: &mut Findings, config: &Config) {
     match rsync {
         Ok(output) if output.status.success() => findings.good("rsync"),
         Ok(_) | Err(_) => findings.bad("cannot run `rsync --version`; install rsync"),
+    }
+    if config.rsync.user == "root" {
+        findings.note("the rsync daemon reads as root: it serves files that nobody but root may read, and, between a reboot and the start of the agent, an empty tree");
     }
     let address = SocketAddr::from((config.rsync.address, config.rsync.port));
     let user = Path::new("/etc/passwd");

@@ -116,7 +116,7 @@ async fn welcome(tcp: TcpStream, from: SocketAddr, acceptor: &Acceptor, agent: S
             session::serve(link, host).await;
         }
         Err(error) => {
-            tracing::warn!(%from, fingerprint = %peer.fingerprint, error = chain(&error), "no conversation with the peer")
+            tracing::warn!(%from, fingerprint = %peer.fingerprint, error = chain(&error), "no conversation with the peer");
         }
     }
 }

@@ -53,7 +53,7 @@ fn check_volume(findings: &mut Findings, volume: &Volume) {
     }
     match btrfs::has_qgroups(&volume.source) {
         Ok(true) => {
-            findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)"))
+            findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)"));
         }
         Ok(false) => findings.good(&format!("{name}: quotas are off")),
         Err(error) => findings.error(&error),
