@@ -11,7 +11,7 @@ use common::{
 
 use crate::{
     config::{Config, RsyncMode, Volume},
-    mount, receive,
+    receive,
 };
 
 /// Checks everything and says what it found. [`Exit::Failed`] if anything is in the way of a transfer.
