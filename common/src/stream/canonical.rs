@@ -102,3 +102,78 @@ impl Run {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::{
+        StreamError,
+        samples::{BASE, ID, Sample},
+        walk::Item,
+    };
+
+    fn canonical(sample: &Sample) -> (Mark, Vec<Mark>) {
+        let mut canonical = Canonical::new();
+        let mut marks = Vec::new();
+        let walked = sample.walk::<StreamError>(7, |item| {
+            if let Item::Command { command, .. } = item
+                && canonical.update(&command)?
+            {
+                marks.push(canonical.mark());
+            }
+            Ok(())
+        });
+        assert_eq!(walked, Ok(()));
+        (canonical.finish(), marks)
+    }
+
+    #[test]
+    fn how_data_comes_makes_no_difference() {
+        let mut whole = Sample::begun(2, None);
+        whole.make(Kind::Mkfile, b"a").write(b"a", 0, &[1; 3000]).write(b"b", 5, b"x").truncate(b"a", 9).utimes(b"a");
+        let mut pieces = Sample::begun(2, Some(BASE));
+        pieces.make(Kind::Mkfile, b"a").write(b"a", 0, &[2; 1000]).clone_to(1000, ID, b"a", b"c", 500);
+        pieces.update_extent(b"a", 1500, 1500).write(b"b", 5, b"y").utimes(b"a");
+        assert_eq!(canonical(whole.end()), canonical(pieces.end()));
+    }
+
+    #[test]
+    fn what_is_not_about_data_and_which_ranges_are_filled_makes_one() {
+        let sample = |edit: fn(&mut Sample)| {
+            let mut sample = Sample::begun(2, None);
+            sample.make(Kind::Mkfile, b"a").write(b"a", 0, b"xy");
+            edit(&mut sample);
+            canonical(sample.utimes(b"a").end()).0
+        };
+        let edits: [fn(&mut Sample); 5] = [
+            |_| {},
+            |s| _ = s.write(b"a", 2, b"z"),
+            |s| _ = s.write(b"a", 3, b"z"),
+            |s| _ = s.write(b"b", 2, b"z"),
+            |s| _ = s.make(Kind::Mkfile, b"b"),
+        ];
+        let marks: Vec<Mark> = edits.map(sample).to_vec();
+        for (i, mark) in marks.iter().enumerate() {
+            assert!(!marks[..i].contains(mark), "edit {i} makes no difference");
+        }
+    }
+
+    #[test]
+    fn marks_stand_behind_utimes_and_hold_what_came_before() {
+        let mut short = Sample::begun(1, None);
+        short.make(Kind::Mkfile, b"a").write(b"a", 0, b"x").utimes(b"a");
+        let mut long = short.clone();
+        long.write(b"b", 0, b"x").utimes(b"b").end();
+        let (end, marks) = canonical(&long);
+        assert_eq!(marks.iter().map(|mark| mark.count).collect::<Vec<_>>(), [2, 3]);
+        assert_eq!(end.count, 4);
+        let mut same = Canonical::new();
+        let _ = short.walk::<StreamError>(1 << 20, |item| {
+            if let Item::Command { command, .. } = item {
+                same.update(&command)?;
+            }
+            Ok(())
+        });
+        assert_eq!(same.mark(), marks[0]);
+    }
+}

@@ -45,6 +45,13 @@ impl<'a> Command<'a> {
         if attrs.rest.is_empty() { Ok(Some(command)) } else { Err(StreamError::BadAttributes { position, kind }) }
     }
 
+    /// A command that may be longer than any of the kernel's, as segments have them.
+    #[cfg(test)]
+    pub(super) fn unlimited(bytes: &'a [u8], version: u32) -> Self {
+        let kind = Kind::from_number(u16::from_le_bytes([bytes[4], bytes[5]])).unwrap();
+        Self { bytes, kind, version }
+    }
+
     /// What it does.
     pub fn kind(&self) -> Kind {
         self.kind

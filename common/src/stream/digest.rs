@@ -40,3 +40,41 @@ impl StreamDigest {
         self.hash.finalize().into()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::{StreamError, samples::Sample, walk::Item};
+
+    fn digest(scope: DigestScope, sample: &Sample) -> Digest {
+        let mut digest = StreamDigest::new(scope);
+        let walked = sample.walk::<StreamError>(1000, |item| {
+            if let Item::Command { command, .. } = item {
+                digest.update(&command);
+            }
+            Ok(())
+        });
+        assert_eq!(walked, Ok(()));
+        digest.finish()
+    }
+
+    #[test]
+    fn full_is_the_digest_of_the_bytes() {
+        let mut sample = Sample::begun(2, None);
+        sample.write(b"a", 0, b"data").utimes(b"a").end();
+        let bytes: Digest = Sha256::digest(&sample.bytes).into();
+        assert_eq!(digest(DigestScope::Full, &sample), bytes);
+    }
+
+    #[test]
+    fn structure_leaves_out_the_bodies_with_data_only() {
+        let mut sample = Sample::begun(1, None);
+        let start = sample.bytes.len();
+        let length = sample.write(b"a", 0, b"data").bytes.len() - start;
+        sample.utimes(b"a").end();
+        let mut structure = sample.bytes.clone();
+        structure.drain(start + COMMAND_HEADER_BYTES..start + length);
+        let bytes: Digest = Sha256::digest(&structure).into();
+        assert_eq!(digest(DigestScope::Structure, &sample), bytes);
+    }
+}

@@ -43,9 +43,6 @@ pub const MAX_NAME_BYTES: usize = 255;
 /// The longest name of an extended attribute: XATTR_NAME_MAX.
 pub const MAX_XATTR_NAME_BYTES: usize = 255;
 
-/// The longest value of an extended attribute: XATTR_SIZE_MAX.
-pub const MAX_XATTR_VALUE_BYTES: usize = 65536;
-
 /// The largest file, and the end of the last range in it: the kernel's loff_t.
 pub const MAX_FILE_BYTES: u64 = i64::MAX as u64;
 

@@ -8,6 +8,8 @@ mod digest;
 mod encode;
 mod error;
 pub mod format;
+#[cfg(test)]
+mod samples;
 mod schema;
 mod segment;
 mod total;

@@ -1,6 +1,6 @@
 //! Which attributes each command has, and what values of them look like.
 
-use super::format::{Attr, Kind, MAX_XATTR_VALUE_BYTES};
+use super::format::{Attr, Kind};
 
 /// A set of attributes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,15 +99,13 @@ pub(super) const fn schema(kind: Kind) -> Schema {
 pub(super) enum Shape {
     /// So many bytes.
     Exactly(usize),
-    /// At most so many bytes.
-    UpTo(usize),
     /// u64 seconds and u32 nanoseconds.
     Time,
     /// A path relative to the subvolume, or the text of a symbolic link.
     Path,
     /// The name of an extended attribute.
     XattrName,
-    /// Data; the command says how much of it there may be.
+    /// Any bytes; how many is bounded by the length of an attribute, or judged with the command.
     Data,
 }
 
@@ -120,8 +118,7 @@ pub(super) const fn shape(attr: Attr) -> Shape {
         Attr::Atime | Attr::Mtime | Attr::Ctime | Attr::Otime => Shape::Time,
         Attr::Path | Attr::PathTo | Attr::PathLink | Attr::ClonePath => Shape::Path,
         Attr::XattrName => Shape::XattrName,
-        Attr::XattrData => Shape::UpTo(MAX_XATTR_VALUE_BYTES),
-        Attr::VeritySaltData | Attr::VeritySigData | Attr::Data => Shape::Data,
+        Attr::Data | Attr::XattrData | Attr::VeritySaltData | Attr::VeritySigData => Shape::Data,
         Attr::Ctransid
         | Attr::Ino
         | Attr::Size

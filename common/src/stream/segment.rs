@@ -198,3 +198,6 @@ impl SegmentWriter {
         encoder.end();
     }
 }
+
+#[cfg(test)]
+mod tests;

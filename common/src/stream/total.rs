@@ -119,3 +119,59 @@ impl FileCounter {
         self.current.extend_from_slice(path);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::{samples::Sample, walk::Item};
+
+    fn total(sample: &Sample) -> (Total, Vec<u8>) {
+        let mut counter = TotalCounter::new();
+        let walked = sample.walk::<StreamError>(1 << 20, |item| match item {
+            Item::Command { command, .. } => counter.update(&command),
+            Item::Version(_) => Ok(()),
+        });
+        assert_eq!(walked, Ok(()));
+        (counter.finish(), counter.files.current_path().to_vec())
+    }
+
+    #[test]
+    fn a_stream_without_data_tells_the_size_of_the_one_with_data() {
+        for (version, chunk) in [(1, MAX_WRITE_BYTES_V1), (2, 128 * 1024)] {
+            for length in [1, 4096, chunk - 1, chunk, chunk + 1, 3 * chunk, 3 * chunk + 7] {
+                let mut with = Sample::begun(version, None);
+                with.make(Kind::Mkfile, b"o1").rename(b"o1", b"some/path");
+                let mut without = with.clone();
+                let data = vec![1; length];
+                for (n, data) in data.chunks(chunk).enumerate() {
+                    with.write(b"some/path", 100 + (n * chunk) as u64, data);
+                }
+                without.update_extent(b"some/path", 100, length as u64);
+                with.utimes(b"").end();
+                without.utimes(b"").end();
+                let expected = Total { bytes: with.bytes.len() as u64, data_bytes: length as u64, files: 1 };
+                assert_eq!(total(&without).0, expected, "version {version}, {length} bytes");
+                assert_eq!(total(&with).0, expected, "version {version}, {length} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn files_are_counted_once_by_any_name() {
+        let mut sample = Sample::begun(2, None);
+        sample.make(Kind::Mkfile, b"o1").rename(b"o1", b"new").write(b"new", 0, b"x").write(b"new", 9, b"x");
+        sample.make(Kind::Mkfile, b"o2").rename(b"o2", b"empty").make(Kind::Mkdir, b"dir").utimes(b"new");
+        sample.write(b"changed", 0, b"x").write(b"changed", 1, b"x").truncate(b"touched", 5).utimes(b"");
+        assert_eq!(total(sample.end()).0.files, 3);
+        assert_eq!(total(&sample).1, b"changed");
+    }
+
+    #[test]
+    fn a_total_beyond_all_numbers_is_the_highest_number() {
+        let mut sample = Sample::begun(2, None);
+        for _ in 0..3 {
+            sample.update_extent(b"a", 0, i64::MAX as u64);
+        }
+        assert_eq!(total(sample.end()).0.bytes, u64::MAX);
+    }
+}

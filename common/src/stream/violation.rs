@@ -6,7 +6,7 @@ use super::{
     error::StreamError,
     format::{
         Attr, Kind, MAX_ENCODED_BYTES, MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_WRITE_BYTES_V1, MAX_WRITE_BYTES_V2,
-        MAX_XATTR_NAME_BYTES, MAX_XATTR_VALUE_BYTES,
+        MAX_XATTR_NAME_BYTES,
     },
 };
 use crate::snapshot::SnapshotId;
@@ -192,14 +192,6 @@ pub enum Violation {
         /// The name.
         name: String,
     },
-    /// The value of an extended attribute is too long.
-    #[error("\"{path}\" has an extended attribute of {bytes} bytes; {MAX_XATTR_VALUE_BYTES} are the most")]
-    XattrLength {
-        /// The file.
-        path: String,
-        /// Its length.
-        bytes: usize,
-    },
     /// A mode of fallocate(2) that moves data, or that does not exist.
     #[error("a FALLOCATE of \"{path}\" has the mode {mode:#x}, which no send writes")]
     FallocateMode {
@@ -242,7 +234,6 @@ impl Violation {
             Self::Owner { .. } => "owner",
             Self::Time { .. } => "time",
             Self::XattrName { .. } => "xattr-name",
-            Self::XattrLength { .. } => "xattr-length",
             Self::FallocateMode { .. } => "fallocate-mode",
             Self::Encoding { .. } => "encoding",
             Self::Malformed(error) => error.rule(),

@@ -153,3 +153,6 @@ fn parse_header(bytes: &[u8]) -> Result<Option<u32>, StreamError> {
         version => Err(StreamError::UnsupportedVersion(version)),
     }
 }
+
+#[cfg(test)]
+mod tests;
