@@ -230,7 +230,7 @@ const CHECKSUM_RANGE: std::ops::Range<usize> = 6..COMMAND_HEADER_BYTES;
 
 /// The checksum that belongs into the header of a command: CRC32C of header and body, with the header's checksum taken as zero.
 ///
-/// Unlike the usual CRC32C it begins at 0 and is not inverted at the end, which makes it linear: see [`crc32c_shift`].
+/// Unlike the usual CRC32C it begins at 0 and is not inverted at the end, which makes it linear: see `crc32c_shift`.
 /// `command` is a whole command, at least [`COMMAND_HEADER_BYTES`] long.
 pub fn checksum(command: &[u8]) -> u32 {
     let (header, body) = command.split_at(COMMAND_HEADER_BYTES);
