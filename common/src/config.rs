@@ -24,7 +24,7 @@ use crate::{
     identity::Fingerprint,
     log::Format,
     retention::Policy,
-    size::Span,
+    size::{ByteSize, Span},
     tls::{Peers, is_peer_name},
 };
 
@@ -333,6 +333,20 @@ pub fn at_least(
         None => Ok(default),
         Some(value) if value.get_ref().0 < least => {
             Err(Wrong::at(&value, format_args!("{key} is at least {}", Span(least))))
+        }
+        Some(value) => Ok(value.into_inner().0),
+    }
+}
+
+/// A size of at least `least` bytes, or the default.
+///
+/// # Errors
+/// A smaller one.
+pub fn at_least_bytes(value: Option<Spanned<ByteSize>>, least: u64, default: u64, key: &str) -> Result<u64, Wrong> {
+    match value {
+        None => Ok(default),
+        Some(value) if value.get_ref().0 < least => {
+            Err(Wrong::at(&value, format_args!("{key} is at least {}", ByteSize(least))))
         }
         Some(value) => Ok(value.into_inner().0),
     }

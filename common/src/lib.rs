@@ -18,6 +18,7 @@ pub mod retention;
 pub mod signals;
 pub mod size;
 pub mod snapshot;
+pub mod stall;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -41,7 +41,17 @@ pub struct Report {
 impl Progress {
     /// A transfer that starts at byte 0.
     pub fn new(now: Instant, total: Option<u64>) -> Self {
-        Self { started: now, first: 0, total, window: VecDeque::from([(now, 0)]), bytes: 0 }
+        Self::resume(now, 0, total)
+    }
+
+    /// A transfer that goes on at byte `first`: what was done before does not count for the rates.
+    pub fn resume(now: Instant, first: u64, total: Option<u64>) -> Self {
+        Self { started: now, first, total, window: VecDeque::from([(now, first)]), bytes: first }
+    }
+
+    /// Bytes in all, once known.
+    pub fn total(&self) -> Option<u64> {
+        self.total
     }
 
     /// The total is known now.

@@ -1,6 +1,10 @@
 //! The agent: volumes brought back, the door opened, the rsync daemon beside it, tidying in the background.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use common::{
     exit::chain,
@@ -82,11 +86,16 @@ pub async fn run(config: &Config) -> Result<(), AgentError> {
         volumes,
         stream_version,
         progress_interval: config.log.progress_interval,
+        reconnect_grace: config.listen.reconnect_grace,
+        parkings: AtomicU64::new(0),
         shutdown: shutdown.clone(),
         tidy: tokio::sync::Notify::new(),
     });
     let tidying = tokio::spawn(tidy(Arc::clone(&host)));
     door.serve(Arc::clone(&host)).await;
+    for volume in &host.volumes {
+        volume.abandon_parked().await;
+    }
     // A deletion under way is not waited for: it goes on in the kernel, or is tried again after the next start.
     tidying.abort();
     rsync.stop().await;

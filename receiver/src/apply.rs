@@ -4,50 +4,51 @@
 //! The rest of the agent talks to it through a bounded queue and can stop it at any time. The thread leaves either a complete,
 //! verified snapshot or nothing.
 //!
-//! Two segments make a snapshot: the first carries the whole stream under a uuid of its own, the last is empty and carries the
-//! real uuid. Making a snapshot flushes its source, so when the last one exists all before it is on disk; what
-//! `btrfs receive` alone reports as done is not.
+//! The stream is cut into segments, one `btrfs receive` each, and each a subvolume that builds on the one before. Every so often a
+//! segment is ended at a mark: once the next one has begun it is on disk (making a snapshot flushes its source), and becomes the
+//! checkpoint from which the transfer can go on after any crash. The last segment is empty and carries the real uuid: when it exists,
+//! all before it is on disk; what `btrfs receive` alone reports as done is not.
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use bytes::Bytes;
 use common::{
-    btrfs,
-    snapshot::{SnapshotId, VolumeName},
+    durable::DurableError,
+    exit::chain,
+    snapshot::VolumeName,
     stream::{
-        Canonical, Command, Expectation, FileCounter, Item, Kind, SegmentHead, SegmentWriter, StreamDigest,
-        StreamError, Validator, Violation, Walker,
+        Canonical, Command, Expectation, FileCounter, Item, StreamDigest, StreamError, Validator, Violation, Walker,
     },
     wire::{
         codec::{DataFrame, Encoding},
         limits::MAX_BLOCK_BYTES,
-        message::{Ack, End, Offer, Stage},
+        message::{Ack, End, Offer, Stage, Start},
     },
 };
 use tokio::sync::{mpsc, oneshot};
-use uuid::Uuid;
+use tokio_util::sync::CancellationToken;
 use zstd::bulk::Decompressor;
 
 use crate::{
+    checkpoint::Checkpoint,
     jail::{Jail, JailError},
-    receive::{Receive, ReceiveError, Stopper},
-    store::{Store, StoreError, segment_name},
+    receive::{ReceiveError, Stopper},
+    segments::Segments,
+    store::{Store, StoreError},
     verify::{self, Verified, VerifyError},
 };
 
 /// Blocks that wait to be applied.
 const QUEUED_BLOCKS: usize = 4;
-
-/// Rewritten bytes that are collected before a write to the pipe: as much as one joined WRITE may be.
-const WRITE_BYTES: usize = 1 << 20;
 
 /// What to apply, and where.
 #[derive(Debug, Clone)]
@@ -60,11 +61,26 @@ pub struct Order {
     pub store: Store,
     /// An empty directory of ours: where the private namespace mounts the file system.
     pub mount_point: PathBuf,
+    /// Where it goes on, if it does not begin.
+    pub checkpoint: Option<Checkpoint>,
+    /// How often a checkpoint is made.
+    pub rhythm: Rhythm,
+}
+
+/// How often a checkpoint is made: at the first mark behind either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rhythm {
+    /// Bytes of the stream.
+    pub bytes: u64,
+    /// Time.
+    pub time: Duration,
 }
 
 /// What goes to the applying thread.
 #[derive(Debug)]
 pub enum Feed {
+    /// The blocks that follow begin there: first, and only if the order has a checkpoint.
+    Resume(u64),
     /// The next block.
     Block(DataFrame),
     /// There is no next block.
@@ -75,16 +91,24 @@ pub enum Feed {
 #[derive(Debug, Default)]
 pub struct Gauge {
     received: AtomicU64,
-    applied: AtomicU64,
+    pub(crate) applied: AtomicU64,
+    pub(crate) durable: AtomicU64,
     files: AtomicU64,
     path: Mutex<Vec<u8>>,
 }
 
 impl Gauge {
-    /// As an acknowledgement. Nothing of a running transfer is durable: it begins again after a crash.
+    /// As an acknowledgement.
     pub fn ack(&self) -> Ack {
-        let (received, applied) = (self.received.load(Ordering::Relaxed), self.applied.load(Ordering::Relaxed));
-        Ack { received, applied, durable: 0 }
+        let load = |number: &AtomicU64| number.load(Ordering::Relaxed);
+        Ack { received: load(&self.received), applied: load(&self.applied), durable: load(&self.durable) }
+    }
+
+    /// The stream goes on at `offset`.
+    fn start_at(&self, offset: u64) {
+        for number in [&self.received, &self.applied, &self.durable] {
+            number.store(offset, Ordering::Relaxed);
+        }
     }
 
     /// Files seen so far.
@@ -122,6 +146,9 @@ pub enum ApplyError {
     /// The result is not what was sent.
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    /// A checkpoint cannot be written down.
+    #[error(transparent)]
+    Checkpoint(#[from] DurableError),
     /// The thread cannot be started.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
@@ -144,6 +171,9 @@ pub enum BlockFault {
         /// Where the stream is.
         expected: u64,
     },
+    /// The sender goes on where it should begin, or the other way round.
+    #[error("the blocks do not begin where the checkpoint ends")]
+    UnexpectedResume,
     /// Not what its header says.
     #[error("a block that does not decompress to the length it says")]
     Decompress,
@@ -157,6 +187,11 @@ impl ApplyError {
             Self::Abandoned | Self::Block(_) => Stage::Transfer,
             _ => Stage::Apply,
         }
+    }
+
+    /// Whether what came so far cannot be trusted: then no checkpoint of it is kept.
+    fn is_suspect(&self) -> bool {
+        matches!(self, Self::Block(_) | Self::Stream(_) | Self::Violation(_) | Self::Verify(_))
     }
 
     /// The rule that a refused stream broke.
@@ -178,6 +213,10 @@ pub struct Application {
     pub feed: mpsc::Sender<Feed>,
     /// How far it has come.
     pub gauge: Arc<Gauge>,
+    /// Where it wants the sender to begin.
+    pub start: Start,
+    /// Cancelled when there is a result.
+    pub finished: CancellationToken,
     result: oneshot::Receiver<Result<Verified, ApplyError>>,
     stopper: Stopper,
 }
@@ -192,15 +231,20 @@ impl Application {
         let (tell, result) = oneshot::channel();
         let (gauge, stopper) = (Arc::new(Gauge::default()), Stopper::default());
         let (our_gauge, our_stopper) = (Arc::clone(&gauge), stopper.clone());
+        let start = order.checkpoint.as_ref().map_or(Start::Beginning, |checkpoint| Start::Mark(checkpoint.mark));
+        let finished = CancellationToken::new();
+        // Also when the thread panics.
+        let finish = finished.clone().drop_guard();
         thread::Builder::new()
             .name(format!("apply-{}", order.volume))
             .spawn(move || {
                 let applied = apply(&order, fed, &our_gauge, &our_stopper);
                 // If nobody waits for the result any more, nobody needs it.
                 let _ = tell.send(applied);
+                drop(finish);
             })
             .map_err(ApplyError::Thread)?;
-        Ok(Self { feed, gauge, result, stopper })
+        Ok(Self { feed, gauge, start, finished, result, stopper })
     }
 
     /// The result, once there is one. Safe to cancel.
@@ -209,6 +253,11 @@ impl Application {
     /// See [`ApplyError`]; nothing of the transfer is left then.
     pub async fn result(&mut self) -> Result<Verified, ApplyError> {
         (&mut self.result).await.unwrap_or(Err(ApplyError::Died))
+    }
+
+    /// What `btrfs receive` is doing, for whoever waits for it.
+    pub fn receive_state(&self) -> String {
+        self.stopper.child_state().unwrap_or_else(|| "the start of btrfs receive".to_owned())
     }
 
     /// Stops it and waits until what it began is removed.
@@ -232,25 +281,26 @@ fn apply(order: &Order, feed: mpsc::Receiver<Feed>, gauge: &Gauge, stopper: &Sto
         .map_err(ApplyError::from)
         .and_then(|jail| Pipeline::new(order, &jail, gauge, stopper)?.run(feed));
     let cleared = match &applied {
-        Ok(_) => clear_segment(order),
-        Err(_) => order.store.sweep().map(drop),
+        Ok(verified) => forget(&order.store).and_then(|()| order.store.drop_segments(&verified.snapshot().name)),
+        Err(error) if error.is_suspect() => forget(&order.store).and_then(|()| order.store.sweep(None).map(drop)),
+        Err(_) => order.store.sweep(Checkpoint::load(&order.store).as_ref()).map(drop),
     };
     if let Err(error) = cleared {
-        tracing::warn!(volume = %order.volume, error = %error, "a leftover stays; it is tried again before the next transfer");
+        let error = chain(&error);
+        tracing::warn!(volume = %order.volume, error, "a leftover stays; it is tried again before the next transfer");
     }
     applied
 }
 
-/// The first segment has done its duty once the last one stands.
-fn clear_segment(order: &Order) -> Result<(), StoreError> {
-    Ok(btrfs::delete(&order.store.dir().join(segment_name(&order.offer.snapshot.name, 1)))?)
+fn forget(store: &Store) -> Result<(), StoreError> {
+    Checkpoint::forget(store).map_err(StoreError::Record)
 }
 
 /// Everything between a block and the pipe.
 struct Pipeline<'a> {
     order: &'a Order,
     gauge: &'a Gauge,
-    walker: Walker,
+    walker: Option<Walker>,
     checks: Checks,
     segments: Segments<'a>,
     decompressor: Decompressor<'static>,
@@ -262,9 +312,9 @@ impl<'a> Pipeline<'a> {
         Ok(Self {
             order,
             gauge,
-            walker: Walker::new(),
-            checks: Checks::new(&order.offer),
-            segments: Segments::begin(order, jail.store_path(), gauge, stopper)?,
+            walker: order.checkpoint.is_none().then(Walker::new),
+            checks: Checks::new(order),
+            segments: Segments::new(order, jail.store_path(), gauge, stopper),
             decompressor: Decompressor::new().map_err(ApplyError::Thread)?,
             plain: vec![0; MAX_BLOCK_BYTES],
         })
@@ -273,6 +323,7 @@ impl<'a> Pipeline<'a> {
     fn run(mut self, mut feed: mpsc::Receiver<Feed>) -> Result<Verified, ApplyError> {
         loop {
             match feed.blocking_recv() {
+                Some(Feed::Resume(offset)) => self.resume(offset)?,
                 Some(Feed::Block(block)) => self.block(&block)?,
                 Some(Feed::End(end)) => return self.end(&end),
                 None => return Err(ApplyError::Abandoned),
@@ -280,12 +331,24 @@ impl<'a> Pipeline<'a> {
         }
     }
 
+    /// The sender has found the mark of the checkpoint; what follows begins at `offset` of its stream.
+    fn resume(&mut self, offset: u64) -> Result<(), ApplyError> {
+        if self.walker.is_some() {
+            return Err(ApplyError::Block(BlockFault::UnexpectedResume));
+        }
+        self.walker = Some(Walker::resume(self.order.offer.stream_version, offset));
+        self.gauge.start_at(offset);
+        Ok(())
+    }
+
     fn block(&mut self, block: &DataFrame) -> Result<(), ApplyError> {
         let expected = self.gauge.received.load(Ordering::Relaxed);
+        let Self { walker: Some(walker), checks, segments, .. } = self else {
+            return Err(ApplyError::Block(BlockFault::UnexpectedResume));
+        };
         if block.offset != expected {
             return Err(ApplyError::Block(BlockFault::OutOfOrder { came: block.offset, expected }));
         }
-        let Self { walker, checks, segments, .. } = self;
         let bytes: &[u8] = match block.encoding {
             Encoding::Plain => &block.body,
             Encoding::Zstd => decompress(&mut self.decompressor, &block.body, block.length, &mut self.plain)?,
@@ -293,8 +356,12 @@ impl<'a> Pipeline<'a> {
         walker.walk(bytes, |item| match item {
             Item::Version(version) => checks.version(version),
             Item::Command { command, end } => {
-                checks.command(&command)?;
-                segments.push(&command, end)
+                let at_mark = checks.command(&command)?;
+                segments.push(&command, end)?;
+                if at_mark && segments.is_due() {
+                    segments.cut(&checks.canonical, end)?;
+                }
+                Ok(())
             }
         })?;
         self.gauge.received.fetch_add(block.length as u64, Ordering::Relaxed);
@@ -307,8 +374,9 @@ impl<'a> Pipeline<'a> {
 
     /// The stream is over: is it whole, and what the sender says? Only then does the last segment give the result its identity.
     fn end(self, sent: &End) -> Result<Verified, ApplyError> {
-        self.walker.finish()?;
-        verify::compare(sent, &self.checks.finish(self.walker.position()))?;
+        let walker = self.walker.ok_or(ApplyError::Block(BlockFault::UnexpectedResume))?;
+        walker.finish()?;
+        verify::compare(sent, &self.checks.finish(walker.position()))?;
         self.segments.finish()?;
         self.gauge.applied.store(sent.bytes, Ordering::Relaxed);
         Ok(verify::verify(&self.order.store, &self.order.offer.snapshot)?)
@@ -336,17 +404,20 @@ struct Checks {
 }
 
 impl Checks {
-    fn new(offer: &Offer) -> Self {
+    fn new(order: &Order) -> Self {
+        let offer = &order.offer;
         let expectation = Expectation {
             name: offer.snapshot.name.to_string(),
             id: offer.snapshot.id,
             base: offer.base.as_ref().map(|base| base.id),
             stream_version: offer.stream_version,
         };
+        let resumed = order.checkpoint.as_ref().and_then(|checkpoint| Canonical::resume(&checkpoint.canonical));
         Self {
-            validator: Validator::new(expectation),
+            validator: if resumed.is_some() { Validator::resume(expectation) } else { Validator::new(expectation) },
+            // Of what comes now: the sender's digest begins behind the mark too.
             digest: StreamDigest::new(offer.digest),
-            canonical: Canonical::new(),
+            canonical: resumed.unwrap_or_default(),
             files: FileCounter::new(),
         }
     }
@@ -355,80 +426,15 @@ impl Checks {
         Ok(self.validator.version(version)?)
     }
 
-    fn command(&mut self, command: &Command<'_>) -> Result<(), ApplyError> {
+    /// True at a mark.
+    fn command(&mut self, command: &Command<'_>) -> Result<bool, ApplyError> {
         self.validator.check(command)?;
         self.digest.update(command);
-        self.canonical.update(command)?;
         self.files.update(command)?;
-        Ok(())
+        Ok(self.canonical.update(command)?)
     }
 
     fn finish(self, bytes: u64) -> End {
         End { bytes, stream_digest: self.digest.finish(), canonical: self.canonical.finish() }
-    }
-}
-
-/// The segments of a snapshot, one `btrfs receive` each.
-struct Segments<'a> {
-    order: &'a Order,
-    store_path: PathBuf,
-    gauge: &'a Gauge,
-    stopper: Stopper,
-    head: SegmentHead,
-    writer: SegmentWriter,
-    receive: Receive,
-    out: Vec<u8>,
-}
-
-impl<'a> Segments<'a> {
-    fn begin(order: &'a Order, store_path: &Path, gauge: &'a Gauge, stopper: &Stopper) -> Result<Self, ApplyError> {
-        let offer = &order.offer;
-        let head = SegmentHead {
-            name: segment_name(&offer.snapshot.name, 1),
-            uuid: Uuid::new_v4(),
-            snapshot: offer.snapshot.id,
-            origin: offer.base.as_ref().map(|base| base.id),
-        };
-        let mut out = Vec::with_capacity(2 * WRITE_BYTES);
-        let writer = SegmentWriter::begin(offer.stream_version, &head, &mut out);
-        let receive = Receive::start(store_path, stopper)?;
-        let (store_path, stopper) = (store_path.to_owned(), stopper.clone());
-        Ok(Self { order, store_path, gauge, stopper, head, writer, receive, out })
-    }
-
-    /// Passes a checked command on. `end` is the stream offset behind it.
-    fn push(&mut self, command: &Command<'_>, end: u64) -> Result<(), ApplyError> {
-        // The segment has a head and an END of its own.
-        if matches!(command.kind(), Kind::Subvol | Kind::Snapshot | Kind::End) {
-            return Ok(());
-        }
-        self.writer.push(command, &mut self.out)?;
-        if self.out.len() >= WRITE_BYTES {
-            self.receive.write(&self.out)?;
-            self.out.clear();
-            // Rewriting changes lengths a little; what still waits in the pipe is not applied in any case.
-            let applied = end.saturating_sub(self.receive.pending());
-            self.gauge.applied.fetch_max(applied, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    /// Ends the segment under way and gives the snapshot its identity by an empty one.
-    fn finish(mut self) -> Result<(), ApplyError> {
-        self.writer.finish(None, &mut self.out);
-        self.receive.write(&self.out)?;
-        self.receive.finish()?;
-        let offer = &self.order.offer;
-        let last = SegmentHead {
-            name: offer.snapshot.name.to_string(),
-            uuid: offer.snapshot.id.uuid,
-            snapshot: offer.snapshot.id,
-            origin: Some(SnapshotId { uuid: self.head.uuid, ctransid: offer.snapshot.id.ctransid }),
-        };
-        self.out.clear();
-        SegmentWriter::begin(offer.stream_version, &last, &mut self.out).finish(Some(&offer.root_times), &mut self.out);
-        let mut receive = Receive::start(&self.store_path, &self.stopper)?;
-        receive.write(&self.out)?;
-        Ok(receive.finish()?)
     }
 }

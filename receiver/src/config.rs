@@ -9,16 +9,20 @@ use std::{
 use common::{
     config::{
         Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawPath, RawTls, Source, Spanned, Tls, Wrong,
-        all_different, at_least,
+        all_different, at_least, at_least_bytes,
     },
     retention::Policy,
-    size::Span,
+    size::{ByteSize, Span},
     snapshot::VolumeName,
 };
 use serde::{Deserialize, Deserializer};
 
 /// Where state is kept unless the file says otherwise.
 const STATE_DIR: &str = "/var/lib/snapferry-receiver";
+
+/// Less than this, and transaction commits would be what a transfer mostly does: about three a checkpoint.
+const LEAST_CHECKPOINT: u64 = 1 << 20;
+const DEFAULT_CHECKPOINT: u64 = 1 << 30;
 
 /// receiver.toml
 #[derive(Debug, Clone)]
@@ -42,6 +46,8 @@ pub struct Config {
 pub struct Listen {
     /// `address:port`
     pub address: String,
+    /// How long a transfer whose connection broke waits for its sender, before it falls back to its checkpoint.
+    pub reconnect_grace: Duration,
 }
 
 /// `[[volume]]`
@@ -55,6 +61,10 @@ pub struct Volume {
     pub publish: PathBuf,
     /// Which snapshots stay here.
     pub keep: Policy,
+    /// A running transfer makes a checkpoint every so many bytes of the stream,
+    pub checkpoint: u64,
+    /// or every so often, whichever comes first.
+    pub checkpoint_interval: Duration,
 }
 
 /// `[rsync]`
@@ -105,6 +115,7 @@ struct RawConfig {
 #[serde(deny_unknown_fields, expecting = "the section [listen]")]
 struct RawListen {
     address: Option<HostPort>,
+    reconnect_grace: Option<Spanned<Span>>,
 }
 
 #[derive(Deserialize)]
@@ -114,6 +125,8 @@ struct RawVolume {
     store: RawPath,
     publish: Spanned<RawPath>,
     keep: Option<RawKeep>,
+    checkpoint: Option<Spanned<ByteSize>>,
+    checkpoint_interval: Option<Spanned<Span>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -162,12 +175,19 @@ impl RawConfig {
         }
         all_different(self.volume.get_ref().iter().map(|volume| &volume.name), "volume")?;
         apart(self.volume.get_ref(), source)?;
-        let volumes = self.volume.into_inner().into_iter().map(|volume| volume.judge(source)).collect();
+        let volumes =
+            self.volume.into_inner().into_iter().map(|volume| volume.judge(source)).collect::<Result<_, _>>()?;
         Ok(Config {
             agent: self.agent.judge(source, STATE_DIR)?,
             tls: RawTls::judge(self.tls, source)?,
             listen: Listen {
                 address: self.listen.address.map_or_else(|| "[::]:7440".to_owned(), |address| address.text),
+                reconnect_grace: at_least(
+                    self.listen.reconnect_grace,
+                    Duration::ZERO,
+                    Duration::from_secs(300),
+                    "reconnect_grace",
+                )?,
             },
             volumes,
             rsync: self.rsync.judge()?,
@@ -196,13 +216,16 @@ fn apart(volumes: &[RawVolume], source: &Source) -> Result<(), Wrong> {
 }
 
 impl RawVolume {
-    fn judge(self, source: &Source) -> Volume {
-        Volume {
+    fn judge(self, source: &Source) -> Result<Volume, Wrong> {
+        let time = (Duration::from_secs(1), Duration::from_secs(300));
+        Ok(Volume {
             name: self.name.into_inner(),
             store: source.resolve(&self.store),
             publish: source.resolve(self.publish.get_ref()),
             keep: RawKeep::policy(self.keep),
-        }
+            checkpoint: at_least_bytes(self.checkpoint, LEAST_CHECKPOINT, DEFAULT_CHECKPOINT, "checkpoint")?,
+            checkpoint_interval: at_least(self.checkpoint_interval, time.0, time.1, "checkpoint_interval")?,
+        })
     }
 }
 

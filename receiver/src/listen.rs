@@ -88,7 +88,7 @@ impl Door {
     }
 }
 
-async fn welcome(tcp: TcpStream, from: SocketAddr, acceptor: &Acceptor, agent: String, host: &Host) {
+async fn welcome(tcp: TcpStream, from: SocketAddr, acceptor: &Acceptor, agent: String, host: &Arc<Host>) {
     // Without it, acknowledgements wait for company that does not come.
     let _ = tcp.set_nodelay(true);
     let (stream, peer) = match timeout(MAX_GREETING_TIME, acceptor.accept(tcp)).await {

@@ -6,6 +6,7 @@
 mod agent;
 mod apply;
 mod check;
+mod checkpoint;
 mod cli;
 mod config;
 mod jail;
@@ -16,6 +17,7 @@ mod publish;
 mod receive;
 mod retire;
 mod rsyncd;
+mod segments;
 mod session;
 mod show;
 mod store;

@@ -74,6 +74,7 @@ pub struct Stopper(Arc<Mutex<Stop>>);
 struct Stop {
     stopped: bool,
     child: Option<OwnedFd>,
+    pid: u32,
 }
 
 impl Stopper {
@@ -92,6 +93,17 @@ impl Stopper {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).stopped
     }
 
+    /// The child of the moment as the kernel sees it: its pid, its state (D: it waits for a disk that does not answer) and where.
+    pub fn child_state(&self) -> Option<String> {
+        let stop = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        stop.child.as_ref()?;
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{}/{file}", stop.pid)).ok();
+        let status = read("status")?;
+        let state = status.lines().find_map(|line| line.strip_prefix("State:"))?.trim().to_owned();
+        let place = read("wchan").filter(|place| place.len() > 1).unwrap_or_default();
+        Some(format!("btrfs receive, pid {}, state {state} {place}", stop.pid).trim_end().to_owned())
+    }
+
     fn guard(&self, child: &Child) -> Result<(), ReceiveError> {
         let mut stop = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if stop.stopped {
@@ -99,6 +111,7 @@ impl Stopper {
         }
         let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty());
         stop.child = Some(pidfd.map_err(|error| ReceiveError::Start(error.into()))?);
+        stop.pid = child.id();
         Ok(())
     }
 }

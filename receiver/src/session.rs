@@ -1,7 +1,10 @@
 //! One sender's conversation: questions answered, offers admitted, transfers driven from the first block to `Published`.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -10,14 +13,16 @@ use common::{
     link::{Incoming, Link, LinkError},
     progress::Progress,
     snapshot::{Snapshot, VolumeName},
+    stall::Stall,
     wire::{
+        codec::DataFrame,
         limits::MAX_REASON_BYTES,
         message::{Ack, Offer, Refusal, Stage, Start, ToReceiver, ToSender, cut},
     },
 };
 use tokio::{
     task::spawn_blocking,
-    time::{MissedTickBehavior, interval},
+    time::{MissedTickBehavior, interval, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -25,11 +30,14 @@ use crate::{
     apply::{Application, ApplyError, Feed, Order},
     publish::PublishError,
     verify::Verified,
-    volume::{Admitted, Refused, Volume},
+    volume::{Admitted, Parked, Refused, Turn, Volume},
 };
 
 /// How often the sender hears how far we are: often enough for a progress bar.
 const ACK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// And at least after so many: the sender keeps what is not acknowledged.
+const ACK_BYTES: u64 = 8 << 20;
 
 /// The conversation as the receiver has it.
 pub type SenderLink = Link<ToReceiver, ToSender>;
@@ -42,6 +50,10 @@ pub struct Host {
     pub stream_version: u32,
     /// How often a running transfer is reported.
     pub progress_interval: Duration,
+    /// How long a transfer waits for its sender when the connection broke.
+    pub reconnect_grace: Duration,
+    /// How many times that happened.
+    pub parkings: AtomicU64,
     /// Ends conversations in good order.
     pub shutdown: CancellationToken,
     /// Told after every publication, so that the former snapshot is retired and what is too old pruned.
@@ -63,6 +75,8 @@ enum TransferError {
     Shutdown,
     #[error("the sender has connected again")]
     TakenOver,
+    #[error("a block for offset {came} came where {expected:?} was next")]
+    OutOfOrder { came: u64, expected: Option<u64> },
     #[error("a thread of the transfer died; please report it")]
     Died,
 }
@@ -83,6 +97,24 @@ impl TransferError {
         }
     }
 
+    /// Whether only the connection is gone, and the rest of the transfer alive.
+    fn is_of_the_connection(&self) -> bool {
+        match self {
+            // Whoever breaks the protocol does not get another chance to.
+            Self::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Silent) | Self::TakenOver => true,
+            _ => false,
+        }
+    }
+
+    fn log(&self, snapshot: &Snapshot) {
+        let (volume, stage, rule, error) = (snapshot.name.volume(), self.stage().as_str(), self.rule(), chain(self));
+        if self.is_of_the_connection() {
+            tracing::warn!(%volume, %snapshot, stage, error, "connection lost");
+        } else {
+            tracing::warn!(%volume, %snapshot, stage, rule, error, "transfer failed");
+        }
+    }
+
     /// What the sender should hear: `Failed` for what went wrong here, `Abort` for what is no failure of the transfer.
     fn message(&self) -> Option<ToSender> {
         let reason = || cut(&chain(self), MAX_REASON_BYTES).to_owned();
@@ -95,7 +127,7 @@ impl TransferError {
 }
 
 /// Talks with a sender until one of them leaves.
-pub async fn serve(mut link: SenderLink, host: &Host) {
+pub async fn serve(mut link: SenderLink, host: &Arc<Host>) {
     let agent = link.peer.agent.clone();
     let ended = converse(&mut link, host).await;
     match &ended {
@@ -105,7 +137,7 @@ pub async fn serve(mut link: SenderLink, host: &Host) {
     link.close().await;
 }
 
-async fn converse(link: &mut SenderLink, host: &Host) -> Result<(), LinkError> {
+async fn converse(link: &mut SenderLink, host: &Arc<Host>) -> Result<(), LinkError> {
     loop {
         let incoming = tokio::select! {
             incoming = link.next() => incoming?,
@@ -142,7 +174,7 @@ async fn query(link: &SenderLink, host: &Host, name: &VolumeName) {
 }
 
 /// Takes a snapshot, if it is admitted. False when the conversation is over.
-async fn take(link: &mut SenderLink, host: &Host, offer: Offer) -> bool {
+async fn take(link: &mut SenderLink, host: &Arc<Host>, offer: Offer) -> bool {
     let snapshot = offer.snapshot.clone();
     let name = snapshot.name.volume().clone();
     let Some(volume) = find(host, &name) else {
@@ -156,84 +188,159 @@ async fn take(link: &mut SenderLink, host: &Host, offer: Offer) -> bool {
             return true;
         }
     };
-    let (ours, version, wanted) = (Arc::clone(&volume), host.stream_version, offer.clone());
-    let admitted = spawn_blocking(move || ours.admit(&wanted, version)).await;
-    let transferred = match admitted {
-        Ok(Ok(Admitted::Complete(verified))) => {
+    let mut transfer = Transfer { host, volume: &volume, offer, turn };
+    let transferred = match transfer.admit().await {
+        Ok(Ok(Admission::Complete(verified))) => {
             say(link, &ToSender::Have).await;
-            publish(link, host, &volume, verified, Instant::now()).await
+            publish(Some(link), host, &volume, verified, Instant::now()).await
         }
-        Ok(Ok(Admitted::Order(order))) => {
-            Transfer { host, volume: &volume, offer: &offer, taken_over: &turn.taken_over }.run(link, *order).await
-        }
+        Ok(Ok(Admission::Run(under_way))) => transfer.run(link, under_way).await,
         Ok(Err(refused)) => {
             refuse(link, &snapshot, refused).await;
             return true;
         }
-        Err(_) => Err(TransferError::Died),
+        Err(error) => Err(error),
     };
     let Err(error) = transferred else { return true };
-    tracing::warn!(
-        volume = %name, snapshot = %snapshot, stage = error.stage().as_str(), rule = error.rule(), error = chain(&error),
-        "transfer failed"
-    );
+    error.log(&snapshot);
     if let Some(message) = error.message() {
         say(link, &message).await;
     }
     false
 }
 
-/// A transfer under way.
+/// A transfer, as long as this conversation has the turn for it.
 struct Transfer<'a> {
-    host: &'a Host,
+    host: &'a Arc<Host>,
     volume: &'a Arc<Volume>,
-    offer: &'a Offer,
-    taken_over: &'a CancellationToken,
+    offer: Offer,
+    turn: Turn,
+}
+
+/// What admission makes of an offer.
+enum Admission {
+    /// It is here already.
+    Complete(Verified),
+    /// It can be applied, or goes on.
+    Run(UnderWay),
+}
+
+/// What must survive a broken connection.
+struct UnderWay {
+    application: Application,
+    from: Start,
+    /// Where the next block belongs; None before the sender has found the mark of the checkpoint.
+    fed: Option<u64>,
+    /// When the end of the stream came.
+    ended: Option<Instant>,
 }
 
 impl Transfer<'_> {
-    async fn run(&self, link: &mut SenderLink, order: Order) -> Result<(), TransferError> {
-        let mut application = Application::start(order)?;
+    async fn admit(&mut self) -> Result<Result<Admission, Refused>, TransferError> {
+        if let Some(parked) = self.turn.parked.take() {
+            if parked.offer.run == self.offer.run && parked.offer.snapshot == self.offer.snapshot {
+                return Ok(Ok(Admission::Run(self.go_on(parked))));
+            }
+            parked.application.abandon().await;
+        }
+        let (volume, version, wanted) = (Arc::clone(self.volume), self.host.stream_version, self.offer.clone());
+        let admitted = spawn_blocking(move || volume.admit(&wanted, version)).await.map_err(|_| TransferError::Died)?;
+        match admitted {
+            Ok(Admitted::Complete(verified)) => Ok(Ok(Admission::Complete(verified))),
+            Ok(Admitted::Order(order)) => self.begin(*order).map(|under_way| Ok(Admission::Run(under_way))),
+            Err(refused) => Ok(Err(refused)),
+        }
+    }
+
+    /// The connection broke, and here is the next one of the same run.
+    fn go_on(&self, parked: Parked) -> UnderWay {
+        let Parked { application, fed, ended, .. } = parked;
+        let from = match (fed, application.start) {
+            (Some(fed), _) => Start::Byte(fed),
+            (None, start) => start,
+        };
+        let (volume, snapshot) = (&self.volume.config.name, &self.offer.snapshot);
+        tracing::info!(%volume, %snapshot, bytes = fed, stage = "transfer", "transfer goes on");
+        UnderWay { application, from, fed, ended }
+    }
+
+    fn begin(&self, order: Order) -> Result<UnderWay, TransferError> {
+        let resumed = order.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
+        let application = Application::start(order)?;
         let base = self.offer.base.as_ref().map_or("none".to_owned(), Snapshot::to_string);
         let total = self.offer.total.map(|total| total.bytes);
-        tracing::info!(
-            volume = %self.volume.config.name, snapshot = %self.offer.snapshot, base, total, stage = "transfer", "transfer started"
-        );
-        say(link, &ToSender::Accept { from: Start::Beginning }).await;
-        match self.drive(link, &mut application).await {
-            Ok((verified, ended)) => {
-                let bytes = application.gauge.ack().received;
+        let (volume, snapshot) = (&self.volume.config.name, &self.offer.snapshot);
+        tracing::info!(%volume, %snapshot, base, total, durable = resumed, stage = "transfer", "transfer started");
+        let from = application.start;
+        let fed = (from == Start::Beginning).then_some(0);
+        Ok(UnderWay { application, from, fed, ended: None })
+    }
+
+    async fn run(mut self, link: &mut SenderLink, mut under_way: UnderWay) -> Result<(), TransferError> {
+        say(link, &ToSender::Accept { from: under_way.from }).await;
+        match self.drive(link, &mut under_way).await {
+            Ok(verified) => {
+                let bytes = under_way.application.gauge.ack().applied;
                 tracing::info!(volume = %self.volume.config.name, snapshot = %self.offer.snapshot, bytes, stage = "verify", "verified");
                 say(link, &ToSender::Verified { bytes }).await;
-                publish(link, self.host, self.volume, verified, ended).await
+                let ended = under_way.ended.unwrap_or_else(Instant::now);
+                publish(Some(link), self.host, self.volume, verified, ended).await
+            }
+            Err(error) if error.is_of_the_connection() && !self.host.reconnect_grace.is_zero() => {
+                self.park(under_way);
+                Err(error)
             }
             Err(error) => {
-                // The turn is kept until nothing of this transfer is left.
-                application.abandon().await;
+                // The turn is kept until nothing of this transfer is left but its checkpoint.
+                under_way.application.abandon().await;
                 Err(error)
             }
         }
     }
 
-    /// Feeds the application until it has a result. Answers with when the end of the stream came.
-    async fn drive(
-        &self,
-        link: &mut SenderLink,
-        application: &mut Application,
-    ) -> Result<(Verified, Instant), TransferError> {
+    /// Lets everything but the connection live on, for a while.
+    fn park(&mut self, under_way: UnderWay) {
+        let serial = self.host.parkings.fetch_add(1, Ordering::Relaxed);
+        let finished = under_way.application.finished.clone();
+        let UnderWay { application, fed, ended, .. } = under_way;
+        Volume::park(&mut self.turn, Parked { serial, offer: self.offer.clone(), application, fed, ended });
+        tokio::spawn(watch_over(Arc::clone(self.host), Arc::clone(self.volume), serial, finished));
+    }
+
+    /// Feeds the application until it has a result.
+    async fn drive(&self, link: &mut SenderLink, under_way: &mut UnderWay) -> Result<Verified, TransferError> {
+        let UnderWay { application, fed, ended, .. } = under_way;
         let mut acks = ticks(ACK_INTERVAL);
         let mut reports = ticks(self.host.progress_interval);
-        let mut progress = Progress::new(Instant::now(), self.offer.total.map(|total| total.bytes));
-        let (mut said, mut waiting, mut ended) = (Ack::default(), None, None);
+        let now = Instant::now();
+        let mut progress =
+            Progress::resume(now, application.gauge.ack().applied, self.offer.total.map(|total| total.bytes));
+        let mut stall = Stall::new(now);
+        let (mut said, mut waiting) = (Ack::default(), None);
         let feed = application.feed.clone();
         loop {
+            let ack = Ack { received: fed.unwrap_or(0), ..application.gauge.ack() };
+            if ack.received >= said.received + ACK_BYTES {
+                said = ack;
+                say(link, &ToSender::Ack(ack)).await;
+            }
             tokio::select! {
-                incoming = link.next(), if waiting.is_none() => match (incoming?, ended) {
-                    (Incoming::Data(block), None) => waiting = Some(Feed::Block(block)),
+                incoming = link.next(), if waiting.is_none() => match (incoming?, *ended) {
+                    (Incoming::Data(block), None) => {
+                        *fed = Some(next_offset(&block, *fed)?);
+                        waiting = Some(Feed::Block(block));
+                    }
+                    (Incoming::Message(ToReceiver::Resume { offset }), None) if fed.is_none() => {
+                        *fed = Some(offset);
+                        progress = Progress::resume(Instant::now(), offset, progress.total());
+                        waiting = Some(Feed::Resume(offset));
+                    }
                     (Incoming::Message(ToReceiver::End(end)), None) => {
                         waiting = Some(Feed::End(end));
-                        ended = Some(Instant::now());
+                        *ended = Some(Instant::now());
                     }
+                    // Said again on another connection.
+                    (Incoming::Message(ToReceiver::End(_)), Some(_)) => {}
                     (Incoming::Message(ToReceiver::Total(total)), _) => progress.set_total(total.bytes),
                     (Incoming::Message(ToReceiver::Abort { reason }), _) => {
                         return Err(TransferError::SenderAborted(reason));
@@ -244,21 +351,29 @@ impl Transfer<'_> {
                 Ok(permit) = feed.reserve(), if waiting.is_some() => if let Some(feed) = waiting.take() {
                     permit.send(feed);
                 },
-                verified = application.result() => {
-                    return Ok((verified?, ended.unwrap_or_else(Instant::now)));
-                }
-                _ = acks.tick() => {
-                    let ack = application.gauge.ack();
-                    if ack != said {
-                        said = ack;
-                        say(link, &ToSender::Ack(ack)).await;
+                verified = application.result() => return Ok(verified?),
+                _ = acks.tick() => if ack != said {
+                    said = ack;
+                    say(link, &ToSender::Ack(ack)).await;
+                },
+                _ = reports.tick() => {
+                    self.report(&mut progress, application);
+                    if let Some(stalled) = stall.look(Instant::now(), ack.received.wrapping_add(ack.applied)) {
+                        self.stalled(stalled, waiting.is_some() || ended.is_some(), application);
                     }
                 }
-                _ = reports.tick() => self.report(&mut progress, application),
-                () = self.taken_over.cancelled() => return Err(TransferError::TakenOver),
+                () = self.turn.taken_over.cancelled() => return Err(TransferError::TakenOver),
                 () = self.host.shutdown.cancelled() => return Err(TransferError::Shutdown),
             }
         }
+    }
+
+    /// Nothing moves: says who is waited for.
+    fn stalled(&self, stalled: Duration, for_us: bool, application: &Application) {
+        let waits_for = if for_us { application.receive_state() } else { "the sender".to_owned() };
+        let (volume, snapshot) = (&self.volume.config.name, &self.offer.snapshot);
+        let seconds = stalled.as_secs_f64();
+        tracing::warn!(%volume, %snapshot, stage = "transfer", seconds, waits_for, "nothing moves");
     }
 
     fn report(&self, progress: &mut Progress, application: &Application) {
@@ -284,9 +399,35 @@ impl Transfer<'_> {
     }
 }
 
-/// Publishes and tells the sender. `ended` is when the stream was complete.
+/// A parked transfer ends by itself, when its sender does not come back in time, or with the shutdown; unless its sender takes it up.
+async fn watch_over(host: Arc<Host>, volume: Arc<Volume>, serial: u64, finished: CancellationToken) {
+    tokio::select! {
+        () = finished.cancelled() => {}
+        () = sleep(host.reconnect_grace) => {}
+        () = host.shutdown.cancelled() => {}
+    }
+    let Some(mut parked) = volume.unpark(serial).await else { return };
+    let (name, snapshot) = (volume.config.name.clone(), parked.offer.snapshot.clone());
+    if !finished.is_cancelled() {
+        let seconds = host.reconnect_grace.as_secs_f64();
+        tracing::warn!(volume = %name, %snapshot, seconds, stage = "transfer", "the sender did not come back; falling back to the checkpoint");
+        return parked.application.abandon().await;
+    }
+    let outcome = match parked.application.result().await {
+        Ok(verified) => {
+            tracing::info!(volume = %name, %snapshot, stage = "verify", "verified");
+            publish(None, &host, &volume, verified, parked.ended.unwrap_or_else(Instant::now)).await
+        }
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = outcome {
+        error.log(&snapshot);
+    }
+}
+
+/// Publishes and tells the sender, if there is a connection. `ended` is when the stream was complete.
 async fn publish(
-    link: &SenderLink,
+    link: Option<&SenderLink>,
     host: &Host,
     volume: &Arc<Volume>,
     verified: Verified,
@@ -297,8 +438,19 @@ async fn publish(
     host.tidy.notify_one();
     let publish_us = ended.elapsed().as_micros() as u64;
     let swap_us = published.swap.as_micros() as u64;
-    say(link, &ToSender::Published { publish_us, swap_us }).await;
+    if let Some(link) = link {
+        say(link, &ToSender::Published { publish_us, swap_us }).await;
+    }
     Ok(())
+}
+
+/// Where the block behind this one belongs.
+fn next_offset(block: &DataFrame, expected: Option<u64>) -> Result<u64, TransferError> {
+    if expected != Some(block.offset) {
+        return Err(TransferError::OutOfOrder { came: block.offset, expected });
+    }
+    // The codec has seen to it that this does not overflow.
+    Ok(block.offset + block.length as u64)
 }
 
 fn ticks(period: Duration) -> tokio::time::Interval {

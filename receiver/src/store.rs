@@ -16,7 +16,10 @@ use common::{
 };
 use tracing::{info, warn};
 
-use crate::mount::{self, MountError};
+use crate::{
+    checkpoint::Checkpoint,
+    mount::{self, MountError},
+};
 
 /// What stands between a snapshot's name and the number of a segment of it.
 const SEGMENT_INFIX: &str = ".segment-";
@@ -36,6 +39,9 @@ pub enum StoreError {
     /// btrfs refused.
     #[error(transparent)]
     Btrfs(#[from] BtrfsError),
+    /// The record of a checkpoint cannot be removed.
+    #[error("cannot remove the record of a checkpoint from the store")]
+    Record(#[source] std::io::Error),
     /// The mounts are not known.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -131,9 +137,16 @@ impl Store {
         Ok(btrfs::candidates(&self.dir, name)?.into_iter().filter_map(leftover).collect())
     }
 
-    /// Deletes all leftovers, with a line in the log for each. To be called only while no transfer of the volume is under way.
-    pub fn sweep(&self) -> Result<Deleted, StoreError> {
-        let leftovers = self.leftovers()?;
+    /// Deletes all leftovers but the segment of `checkpoint`, with a line in the log for each. To be called only while no transfer
+    /// of the volume is under way.
+    pub fn sweep(&self, checkpoint: Option<&Checkpoint>) -> Result<Deleted, StoreError> {
+        let spared = |leftover: &Leftover| {
+            checkpoint.is_some_and(|checkpoint| {
+                leftover.snapshot == checkpoint.snapshot.name && leftover.segment == Some(checkpoint.segment)
+            })
+        };
+        let mut leftovers = self.leftovers()?;
+        leftovers.retain(|leftover| !spared(leftover));
         let mounted = if leftovers.is_empty() { Mounted::default() } else { self.mounted()? };
         let mut result = Deleted::default();
         for Leftover { snapshot, segment, path } in leftovers {
@@ -150,6 +163,15 @@ impl Store {
             }
         }
         Ok(result)
+    }
+
+    /// Deletes the segments of a snapshot that is complete: they have done their duty.
+    pub fn drop_segments(&self, snapshot: &SnapshotName) -> Result<(), StoreError> {
+        let spent = |leftover: &Leftover| leftover.snapshot == *snapshot && leftover.segment.is_some();
+        for leftover in self.leftovers()?.into_iter().filter(spent) {
+            btrfs::delete(&leftover.path)?;
+        }
+        Ok(())
     }
 
     /// Which subvolumes of the store are mounted, or something below them is.
@@ -276,7 +298,7 @@ mod tests {
         subvolume(&store, "home");
         fs::create_dir(store.dir().join("v.20260101T000008Z")).unwrap();
 
-        assert_eq!(store.sweep().unwrap(), Deleted { deleted: 4, remaining: 0 });
+        assert_eq!(store.sweep(None).unwrap(), Deleted { deleted: 4, remaining: 0 });
         let expected = [
             "home",
             "v.20260101T000000Z",
@@ -287,7 +309,7 @@ mod tests {
             "w.20260101T000007Z",
         ];
         assert_eq!(names(&store), expected);
-        assert_eq!(store.sweep().unwrap(), Deleted::default());
+        assert_eq!(store.sweep(None).unwrap(), Deleted::default());
     }
 
     #[test]
@@ -304,10 +326,10 @@ mod tests {
         subvolume(&store, "v.20260101T000000Z");
         subvolume(&store, "v.20260101T000001Z");
         run(Command::new("mount").args(["--bind"]).args([&store.dir().join("v.20260101T000000Z"), &outside]));
-        assert_eq!(store.sweep().unwrap(), Deleted { deleted: 1, remaining: 1 });
+        assert_eq!(store.sweep(None).unwrap(), Deleted { deleted: 1, remaining: 1 });
         assert_eq!(names(&store), ["v.20260101T000000Z"]);
         run(Command::new("umount").arg(&outside));
-        assert_eq!(store.sweep().unwrap(), Deleted { deleted: 1, remaining: 0 });
+        assert_eq!(store.sweep(None).unwrap(), Deleted { deleted: 1, remaining: 0 });
     }
 
     #[test]

@@ -4,20 +4,21 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use common::{
     lock::{Lock, LockError},
     retention::{self, Reason, newest_first},
     snapshot::{Snapshot, SnapshotId},
-    wire::message::{Inventory, Offer, Refusal},
+    wire::message::{Inventory, Offer, Refusal, Unfinished},
 };
 use tokio::{sync::OwnedMutexGuard, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    apply::Order,
+    apply::{Application, Order, Rhythm},
+    checkpoint::Checkpoint,
     config, prune,
     publish::{PublishError, Published, Publisher},
     store::{Store, StoreError},
@@ -35,16 +36,34 @@ pub struct Volume {
     pub store: Store,
     publisher: Mutex<Publisher>,
     mount_point: PathBuf,
-    under_way: Arc<tokio::sync::Mutex<()>>,
+    under_way: Arc<tokio::sync::Mutex<Option<Parked>>>,
     cancel_under_way: Mutex<CancellationToken>,
+    /// Of the offer that was admitted last: not to be pruned under its transfer.
+    base_in_use: Mutex<Option<SnapshotId>>,
     _lock: Lock,
 }
 
 /// The right to transfer into a volume, and the token that takes it away.
 pub struct Turn {
-    _held: OwnedMutexGuard<()>,
+    /// What waits for its sender since its connection broke.
+    pub parked: OwnedMutexGuard<Option<Parked>>,
     /// Cancelled when a newer connection takes the turn.
     pub taken_over: CancellationToken,
+}
+
+/// A transfer without a connection: everything else of it is alive.
+#[derive(Debug)]
+pub struct Parked {
+    /// Tells two parkings of one transfer apart.
+    pub serial: u64,
+    /// What is applied.
+    pub offer: Offer,
+    /// The thread that applies it.
+    pub application: Application,
+    /// Where the next block belongs; None before the sender has found the mark of the checkpoint.
+    pub fed: Option<u64>,
+    /// When the end of the stream came.
+    pub ended: Option<Instant>,
 }
 
 /// Why a volume cannot be run.
@@ -93,7 +112,11 @@ impl Volume {
         }
         let lock = Lock::acquire(&config.store.join(format!(".{}.lock", config.name)))?;
         let store = Store::open(&config.store, config.name.clone())?;
-        store.sweep()?;
+        let checkpoint = Checkpoint::load(&store);
+        if checkpoint.is_none() {
+            Checkpoint::forget(&store).map_err(StoreError::Record)?;
+        }
+        store.sweep(checkpoint.as_ref())?;
         let unrecovered = Publisher::open(&config.name, &config.publish, state_dir)?;
         let (publisher, _) = unrecovered.recover(&store.snapshots()?)?;
         let volume = Self {
@@ -103,6 +126,7 @@ impl Volume {
             mount_point,
             under_way: Arc::default(),
             cancel_under_way: Mutex::default(),
+            base_in_use: Mutex::default(),
             _lock: lock,
         };
         volume.catch_up()?;
@@ -130,7 +154,18 @@ impl Volume {
     pub fn inventory(&self, stream_version: u32) -> Result<Inventory, StoreError> {
         let snapshots = self.store.snapshots()?.into_iter().map(|found| found.snapshot).collect();
         let published = self.publisher().published().cloned();
-        Ok(Inventory { snapshots, published, unfinished: None, stream_version })
+        Ok(Inventory { snapshots, published, unfinished: self.unfinished(), stream_version })
+    }
+
+    /// The transfer that can go on: one that is under way or waits for its sender makes checkpoints too, or soon will.
+    fn unfinished(&self) -> Option<Unfinished> {
+        if let Ok(turn) = self.under_way.try_lock()
+            && let Some(parked) = &*turn
+        {
+            let Offer { snapshot, base, .. } = parked.offer.clone();
+            return Some(Unfinished { snapshot, base });
+        }
+        Checkpoint::load(&self.store).map(|Checkpoint { snapshot, base, .. }| Unfinished { snapshot, base })
     }
 
     /// Takes the turn to transfer. A transfer under way is ended: its sender has a new connection, or it would not offer again.
@@ -140,7 +175,7 @@ impl Volume {
         let before = std::mem::replace(&mut *lock(&self.cancel_under_way), taken_over.clone());
         before.cancel();
         match timeout(MAX_TAKE_OVER, Arc::clone(&self.under_way).lock_owned()).await {
-            Ok(held) => Ok(Turn { _held: held, taken_over }),
+            Ok(parked) => Ok(Turn { parked, taken_over }),
             Err(_) => Err(Refused {
                 why: Refusal::Busy,
                 detail: format!(
@@ -167,7 +202,7 @@ impl Volume {
         if offer.base.as_ref().is_some_and(|base| base.id.uuid == offer.snapshot.id.uuid) {
             return Err(bad("the snapshot is offered as its own base".to_owned()));
         }
-        self.store.sweep().map_err(broken)?;
+        let checkpoint = self.checkpoint_for(offer).map_err(broken)?;
         if self.store.find(offer.snapshot.id).map_err(broken)?.is_some() {
             return verify::verify(&self.store, &offer.snapshot).map(Admitted::Complete).map_err(|error| Refused {
                 why: Refusal::NameTaken,
@@ -193,12 +228,43 @@ impl Volume {
                 detail: format!("the base {base} is not in {}", self.store.dir().display()),
             });
         }
+        *lock(&self.base_in_use) = offer.base.as_ref().map(|base| base.id);
         Ok(Admitted::Order(Box::new(Order {
             volume: self.config.name.clone(),
             offer: offer.clone(),
             store: self.store.clone(),
             mount_point: self.mount_point.clone(),
+            checkpoint,
+            rhythm: Rhythm { bytes: self.config.checkpoint, time: self.config.checkpoint_interval },
         })))
+    }
+
+    /// The checkpoint of the offered transfer. Whatever else is left of others is removed: one volume, one transfer.
+    fn checkpoint_for(&self, offer: &Offer) -> Result<Option<Checkpoint>, StoreError> {
+        let checkpoint = Checkpoint::load(&self.store).filter(|checkpoint| offer.resume && checkpoint.fits(offer));
+        if checkpoint.is_none() {
+            Checkpoint::forget(&self.store).map_err(StoreError::Record)?;
+        }
+        self.store.sweep(checkpoint.as_ref())?;
+        Ok(checkpoint)
+    }
+
+    /// Lets a transfer wait for its sender.
+    pub fn park(turn: &mut Turn, parked: Parked) {
+        *turn.parked = Some(parked);
+    }
+
+    /// What is parked, if it still is the parking of that number.
+    pub async fn unpark(&self, serial: u64) -> Option<Parked> {
+        let mut turn = self.under_way.lock().await;
+        turn.take_if(|parked| parked.serial == serial)
+    }
+
+    /// Ends what is parked, down to its checkpoint: for the shutdown.
+    pub async fn abandon_parked(&self) {
+        if let Some(parked) = self.under_way.lock().await.take() {
+            parked.application.abandon().await;
+        }
     }
 
     /// Publishes.
@@ -232,7 +298,9 @@ impl Volume {
         let published = publisher.published().map(|snapshot| (snapshot.id, Reason::Published));
         let retiring = publisher.retiring().iter().filter_map(|retiring| retiring.snapshot.as_ref());
         let retiring = retiring.map(|snapshot| (snapshot.id, Reason::Retiring));
-        let kept: Vec<(SnapshotId, Reason)> = published.into_iter().chain(retiring).collect();
+        let base = self.unfinished().and_then(|unfinished| unfinished.base).map(|base| (base.id, Reason::Unfinished));
+        let base = base.into_iter().chain(lock(&self.base_in_use).map(|id| (id, Reason::Base)));
+        let kept: Vec<(SnapshotId, Reason)> = published.into_iter().chain(retiring).chain(base).collect();
         retention::plan(snapshots, &self.config.keep, &kept)
     }
 

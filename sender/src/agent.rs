@@ -15,13 +15,9 @@ use crate::{
     create,
     cycle::{CycleError, Volume},
     report::{self, Reporter},
+    retry::Retry,
     setup::{self, SetupError},
 };
-
-/// After a failed cycle: first this, then twice as long each time.
-const FIRST_RETRY: Duration = Duration::from_secs(1);
-/// At most this; a mirror that comes back is noticed within a minute.
-const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
 /// Runs cycles until a signal says stop.
 ///
@@ -78,11 +74,11 @@ pub enum OnceError {
 
 /// The cycles of a volume, until the shutdown.
 async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
-    let mut retry = Retry::default();
+    let mut retry = Retry::new();
     while !shutdown.is_cancelled() {
         let pause = match cycle(&volume, &shutdown).await {
             Ok(()) => {
-                retry = Retry::default();
+                retry = Retry::new();
                 until_due(&volume).await
             }
             Err(error) if error.is_shutdown() => return,
@@ -121,33 +117,4 @@ async fn until_due(volume: &Arc<Volume>) -> Duration {
         Ok(Err(_)) | Err(_) => None,
     };
     create::due_in(newest.as_ref().map(|newest| &newest.name), Timestamp::now(), volume.config.interval)
-}
-
-/// Pauses between attempts: doubling, bounded, and never in step with the other volumes or senders.
-#[derive(Default)]
-struct Retry {
-    failures: u32,
-}
-
-impl Retry {
-    fn next(&mut self) -> Duration {
-        let doubled = FIRST_RETRY.saturating_mul(1 << self.failures.min(16));
-        self.failures += 1;
-        doubled.min(LONGEST_RETRY).mul_f64(0.75 + fastrand::f64() / 2.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn retries_grow_to_a_bound_and_are_jittered() {
-        let mut retry = Retry::default();
-        let pauses: Vec<Duration> = (0..100).map(|_| retry.next()).collect();
-        assert!(pauses[0] <= FIRST_RETRY.mul_f64(1.25) && pauses[0] >= FIRST_RETRY.mul_f64(0.75), "{:?}", pauses[0]);
-        assert!(pauses[5] > pauses[0] * 8, "{:?}", pauses[5]);
-        assert!(pauses.iter().all(|pause| *pause <= LONGEST_RETRY.mul_f64(1.25)));
-        assert!(pauses[50..].iter().any(|pause| *pause != pauses[99]), "no jitter");
-    }
 }

@@ -8,10 +8,10 @@ use std::{
 use common::{
     config::{
         Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawPath, RawTls, Source, Spanned, Tls, Wrong,
-        all_different, at_least,
+        all_different, at_least, at_least_bytes,
     },
     retention::Policy,
-    size::Span,
+    size::{ByteSize, Span},
     snapshot::VolumeName,
     stream::DigestScope,
 };
@@ -19,6 +19,10 @@ use serde::Deserialize;
 
 /// Where state is kept unless the file says otherwise.
 const STATE_DIR: &str = "/var/lib/snapferry-sender";
+
+/// Enough for a few blocks.
+const LEAST_WINDOW: u64 = 4 << 20;
+const DEFAULT_WINDOW: u64 = 64 << 20;
 
 /// sender.toml
 #[derive(Debug, Clone)]
@@ -42,6 +46,10 @@ pub struct Receiver {
     pub address: String,
     /// How long TCP and TLS may take together.
     pub connect_timeout: Duration,
+    /// How long a transfer whose connection broke is kept alive and tries to connect again.
+    pub reconnect_grace: Duration,
+    /// The most bytes that are kept until the receiver has them.
+    pub window: u64,
 }
 
 /// `[[volume]]`
@@ -61,6 +69,8 @@ pub struct Volume {
     pub digest: DigestScope,
     /// Whether blocks that shrink are compressed.
     pub compression: Compression,
+    /// Whether every snapshot is sent, not only the newest.
+    pub every_snapshot: bool,
 }
 
 /// Compression of blocks on the wire.
@@ -97,6 +107,8 @@ struct RawConfig {
 struct RawReceiver {
     address: Spanned<HostPort>,
     connect_timeout: Option<Spanned<Span>>,
+    reconnect_grace: Option<Spanned<Span>>,
+    window: Option<Spanned<ByteSize>>,
 }
 
 #[derive(Deserialize)]
@@ -111,6 +123,8 @@ struct RawVolume {
     digest: DigestScope,
     #[serde(default)]
     compression: Compression,
+    #[serde(default)]
+    every_snapshot: bool,
 }
 
 impl Config {
@@ -152,7 +166,13 @@ impl RawReceiver {
         }
         let (least, default) = (Duration::from_millis(100), Duration::from_secs(10));
         let connect_timeout = at_least(self.connect_timeout, least, default, "connect_timeout")?;
-        Ok(Receiver { address: self.address.into_inner().text, connect_timeout })
+        let grace = Duration::from_secs(300);
+        Ok(Receiver {
+            address: self.address.into_inner().text,
+            connect_timeout,
+            reconnect_grace: at_least(self.reconnect_grace, Duration::ZERO, grace, "reconnect_grace")?,
+            window: at_least_bytes(self.window, LEAST_WINDOW, DEFAULT_WINDOW, "window")?,
+        })
     }
 }
 
@@ -173,6 +193,7 @@ impl RawVolume {
             keep: RawKeep::policy(self.keep),
             digest: self.digest,
             compression: self.compression,
+            every_snapshot: self.every_snapshot,
         })
     }
 }

@@ -23,6 +23,10 @@ pub struct Route {
     pub connector: Connector,
     /// `[agent] name`.
     pub agent: String,
+    /// How long a transfer waits for another connection when its own breaks.
+    pub reconnect_grace: Duration,
+    /// The most bytes that a transfer keeps until the receiver has them.
+    pub window: u64,
 }
 
 /// Why there is no conversation with the receiver.
@@ -115,7 +119,8 @@ fn judge(address: String, source: LinkError, peer: &Peer) -> ConnectError {
     }
 }
 
-async fn query(link: &mut ReceiverLink, volume: &VolumeName) -> Result<Result<Inventory, String>, LinkError> {
+/// Asks what the receiver has of `volume`. `Ok(Err(_))`: it does not take the volume.
+pub async fn query(link: &mut ReceiverLink, volume: &VolumeName) -> Result<Result<Inventory, String>, LinkError> {
     let asked = link.outbox().say(&ToReceiver::Query { volume: volume.clone() }).await;
     // If the connection is gone already, `next` knows the reason.
     let (Ok(()) | Err(Gone)) = asked;

@@ -8,10 +8,11 @@ use std::{
 use common::{
     btrfs::{self, Found},
     durable::{self, DurableError},
+    link::LinkError,
     retention::{self, Reason},
     snapshot::{Snapshot, SnapshotId},
     stream::Total,
-    wire::message::{Inventory, Offer, Stage},
+    wire::message::{Inventory, Offer, Stage, Unfinished},
 };
 use serde::{Deserialize, Serialize};
 use tokio::{sync::mpsc, task::spawn_blocking};
@@ -19,10 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
-    connect::{ConnectError, ReceiverLink, Route, connect},
+    connect::{ConnectError, ReceiverLink, Route, connect, query},
     create::{CreateError, Site},
     pack,
-    plan::{Base, Plan, plan},
+    plan::{Base, Plan, Which, plan},
     prune,
     push::{Outcome, PushError, Transfer},
     report::Reporter,
@@ -52,15 +53,19 @@ pub struct Volume {
 pub struct State {
     /// The newest snapshot of which the receiver said that it is published there.
     pub confirmed: Option<Snapshot>,
+    /// The transfer that was begun last, until it ends well.
+    pub unfinished: Option<Unfinished>,
 }
 
-/// What a cycle did.
-#[derive(Debug)]
-pub enum Done {
-    /// The newest snapshot was there already.
-    UpToDate(Snapshot),
-    /// A snapshot was sent and published.
-    Published(Snapshot),
+/// What a plan says to send.
+#[derive(Clone, Copy)]
+struct What<'a> {
+    snapshot: &'a Snapshot,
+    base: &'a Base,
+    /// It was interrupted.
+    resumed: bool,
+    /// It may go on.
+    resume: bool,
 }
 
 /// Why a cycle ended early. Nothing is lost by it: the next one begins where the file system says.
@@ -143,55 +148,108 @@ impl Volume {
     ///
     /// # Errors
     /// See [`CycleError`].
-    pub async fn ferry(&self, reporter: &mut Reporter, shutdown: &CancellationToken) -> Result<Done, CycleError> {
-        let ferried = tokio::select! {
+    pub async fn ferry(&self, reporter: &mut Reporter, shutdown: &CancellationToken) -> Result<(), CycleError> {
+        let ferried = self.connect_and_converse(true, reporter, shutdown).await;
+        match ferried {
+            Err(CycleError::Push(error)) if error.is_other_stream() => {
+                tracing::warn!(volume = %self.config.name, error = %error, "cannot go on; starting again from nothing");
+                self.connect_and_converse(false, reporter, shutdown).await
+            }
+            ferried => ferried,
+        }
+    }
+
+    async fn connect_and_converse(
+        &self,
+        resume: bool,
+        reporter: &mut Reporter,
+        shutdown: &CancellationToken,
+    ) -> Result<(), CycleError> {
+        tokio::select! {
             connected = connect(&self.route, &self.config.name) => {
                 let (mut link, inventory) = connected?;
-                let ferried = self.converse(&mut link, &inventory, reporter, shutdown).await;
+                let ferried = self.converse(&mut link, inventory, resume, reporter, shutdown).await;
                 link.close().await;
                 ferried
             }
             () = shutdown.cancelled() => Err(CycleError::Shutdown),
-        };
-        if let Ok(Done::UpToDate(snapshot) | Done::Published(snapshot)) = &ferried {
-            durable::store(&self.state_file, &State { confirmed: Some(snapshot.clone()) })?;
         }
-        ferried
     }
 
+    /// Sends until the receiver is up to date: what was interrupted first, then the newest.
     async fn converse(
         &self,
         link: &mut ReceiverLink,
-        inventory: &Inventory,
+        mut inventory: Inventory,
+        mut resume: bool,
         reporter: &mut Reporter,
         shutdown: &CancellationToken,
-    ) -> Result<Done, CycleError> {
-        let found = self.snapshots()?;
-        let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
-        match plan(&ours, inventory) {
-            Plan::NoSnapshot => Err(CycleError::NoSnapshot(self.config.snapshot_dir.clone())),
-            Plan::UpToDate(snapshot) => {
-                tracing::info!(volume = %self.config.name, snapshot = %snapshot, "nothing to send");
-                Ok(Done::UpToDate(snapshot))
-            }
-            Plan::Send { snapshot, base } => {
-                let source = open(&found, &snapshot, &base)?;
-                self.send(link, inventory, (&snapshot, &base), &source, reporter, shutdown).await?;
-                Ok(Done::Published(snapshot))
-            }
+    ) -> Result<(), CycleError> {
+        let mut sent_any = false;
+        loop {
+            let found = self.snapshots()?;
+            let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
+            self.say_if_vanished(&ours, &inventory);
+            let (snapshot, base, resumed) = match plan(&ours, &inventory, self.which()) {
+                Plan::NoSnapshot => return Err(CycleError::NoSnapshot(self.config.snapshot_dir.clone())),
+                Plan::UpToDate(snapshot) => {
+                    if !sent_any {
+                        tracing::info!(volume = %self.config.name, snapshot = %snapshot, "nothing to send");
+                        self.remember(State { confirmed: Some(snapshot), unfinished: None })?;
+                    }
+                    return Ok(());
+                }
+                Plan::Send { snapshot, base, resumed } => (snapshot, base, resumed && resume),
+            };
+            let source = open(&found, &snapshot, &base)?;
+            let state: State = durable::load(&self.state_file)?.unwrap_or_default();
+            let unfinished = Unfinished { snapshot: snapshot.clone(), base: base.snapshot().cloned() };
+            self.remember(State { unfinished: Some(unfinished), ..state })?;
+            let what = What { snapshot: &snapshot, base: &base, resumed, resume };
+            self.send(link, &inventory, what, &source, reporter, shutdown).await?;
+            self.remember(State { confirmed: Some(snapshot), unfinished: None })?;
+            (sent_any, resume) = (true, true);
+            inventory = self.ask_again(link).await?;
         }
+    }
+
+    fn remember(&self, state: State) -> Result<(), CycleError> {
+        Ok(durable::store(&self.state_file, &state)?)
+    }
+
+    async fn ask_again(&self, link: &mut ReceiverLink) -> Result<Inventory, CycleError> {
+        let answer = query(link, &self.config.name).await.map_err(PushError::Link)?;
+        answer.map_err(|detail| CycleError::Push(PushError::Link(LinkError::Refused(detail))))
+    }
+
+    /// A transfer that cannot go on although the receiver could is worth a word: it costs what was sent already.
+    fn say_if_vanished(&self, ours: &[Snapshot], inventory: &Inventory) {
+        let Some(unfinished) = &inventory.unfinished else { return };
+        let gone = |snapshot: &&Snapshot| !ours.contains(snapshot);
+        if let Some(gone) = Some(&unfinished.snapshot).filter(gone).or_else(|| unfinished.base.as_ref().filter(gone)) {
+            tracing::warn!(
+                volume = %self.config.name, snapshot = %unfinished.snapshot,
+                "the unfinished transfer cannot go on, {gone} is not here any more; starting again from nothing"
+            );
+        }
+    }
+
+    /// Which snapshots are sent.
+    pub fn which(&self) -> Which {
+        if self.config.every_snapshot { Which::Every } else { Which::Newest }
     }
 
     async fn send(
         &self,
         link: &mut ReceiverLink,
         inventory: &Inventory,
-        (snapshot, base): (&Snapshot, &Base),
+        what: What<'_>,
         source: &Source,
         reporter: &mut Reporter,
         shutdown: &CancellationToken,
     ) -> Result<(), CycleError> {
         let started = Instant::now();
+        let What { snapshot, base, resumed, resume } = what;
         let stream_version = inventory.stream_version.min(btrfs::stream_version()?);
         let (total, later) = self.total(source, stream_version, base).await?;
         let offer = Offer {
@@ -201,15 +259,22 @@ impl Volume {
             digest: self.config.digest,
             root_times: source.root_times()?,
             total,
+            run: uuid::Uuid::new_v4().into_bytes(),
+            resume,
         };
-        reporter.started(snapshot, base, total);
+        reporter.started(snapshot, base, resumed, total);
         let transfer = Transfer {
             source,
             offer,
-            options: pack::Options { digest: self.config.digest, compress: self.config.compression.is_on() },
+            options: pack::Options {
+                digest: self.config.digest,
+                compress: self.config.compression.is_on(),
+                skip_to: None,
+            },
             shutdown,
             progress_interval: if reporter.draws() { BAR_INTERVAL } else { self.progress_interval },
             total: later,
+            route: &self.route,
         };
         let outcome: Outcome = transfer.push(link, reporter).await?;
         reporter.finished(snapshot, base, &outcome, started.elapsed());
@@ -251,8 +316,11 @@ impl Volume {
     /// The state file cannot be read: then nothing may be deleted.
     pub fn retention(&self, found: &[Found]) -> Result<retention::Plan, CycleError> {
         let state: State = durable::load(&self.state_file)?.unwrap_or_default();
-        let base: Vec<(SnapshotId, Reason)> =
-            state.confirmed.iter().map(|confirmed| (confirmed.id, Reason::Base)).collect();
+        let confirmed = state.confirmed.iter().map(|confirmed| (confirmed.id, Reason::Base));
+        let unfinished = state.unfinished.iter().flat_map(|Unfinished { snapshot, base }| {
+            [Some(snapshot), base.as_ref()].into_iter().flatten().map(|snapshot| (snapshot.id, Reason::Unfinished))
+        });
+        let base: Vec<(SnapshotId, Reason)> = confirmed.chain(unfinished).collect();
         let snapshots: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
         Ok(retention::plan(&snapshots, &self.config.keep, &base))
     }

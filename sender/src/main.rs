@@ -16,6 +16,7 @@ mod plan;
 mod prune;
 mod push;
 mod report;
+mod retry;
 mod send;
 mod setup;
 mod show;

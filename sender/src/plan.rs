@@ -21,7 +21,18 @@ pub enum Plan {
         snapshot: Snapshot,
         /// What the stream starts from.
         base: Base,
+        /// Whether it was interrupted, and goes on.
+        resumed: bool,
     },
+}
+
+/// Which snapshots are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// The newest; those in between are skipped.
+    Newest,
+    /// All, in their order.
+    Every,
 }
 
 /// What a send starts from, with the reason.
@@ -64,28 +75,65 @@ impl fmt::Display for Base {
 ///
 /// A snapshot is older or newer by its ctransid, not by a clock, unless nothing changed between the two. A base must be older than what is sent: the kernel would
 /// compute a difference backwards too, but a replica that goes back in time is never what an operator expects.
-pub fn plan(ours: &[Snapshot], inventory: &Inventory) -> Plan {
+pub fn plan(ours: &[Snapshot], inventory: &Inventory, which: Which) -> Plan {
+    if let Some((snapshot, base)) = unfinished(ours, inventory) {
+        return Plan::Send { snapshot, base, resumed: true };
+    }
     let Some(newest) = ours.iter().min_by_key(|snapshot| newest_first(snapshot)) else {
         return Plan::NoSnapshot;
     };
     if inventory.published.as_ref().is_some_and(|published| published.id == newest.id) {
         return Plan::UpToDate(newest.clone());
     }
-    let theirs = |id: SnapshotId| inventory.snapshots.iter().any(|snapshot| snapshot.id == id);
+    let newest = match which {
+        Which::Newest => newest,
+        Which::Every => next(ours, inventory).unwrap_or(newest),
+    };
     let common = ours
         .iter()
-        .filter(|snapshot| newest_first(snapshot) > newest_first(newest) && theirs(snapshot.id))
+        .filter(|snapshot| newest_first(snapshot) > newest_first(newest) && has(inventory, snapshot.id))
         .min_by_key(|snapshot| newest_first(snapshot));
     let base = match common {
         Some(base) => Base::Common(base.clone()),
         None if inventory.snapshots.is_empty() => Base::FirstTransfer,
         None => Base::NoneInCommon { theirs: inventory.snapshots.len() },
     };
-    Plan::Send { snapshot: newest.clone(), base }
+    Plan::Send { snapshot: newest.clone(), base, resumed: false }
+}
+
+/// The transfer that was interrupted, if both sides still have what it needs. It is finished first, whatever is newer: days of work
+/// are not thrown away for an hour's news.
+fn unfinished(ours: &[Snapshot], inventory: &Inventory) -> Option<(Snapshot, Base)> {
+    let unfinished = inventory.unfinished.as_ref()?;
+    let is_ours = |wanted: &Snapshot| ours.iter().any(|snapshot| snapshot == wanted);
+    if !is_ours(&unfinished.snapshot) {
+        return None;
+    }
+    match &unfinished.base {
+        None => Some((unfinished.snapshot.clone(), Base::FirstTransfer)),
+        Some(base) if is_ours(base) && has(inventory, base.id) => {
+            Some((unfinished.snapshot.clone(), Base::Common(base.clone())))
+        }
+        Some(_) => None,
+    }
+}
+
+/// The oldest of ours that is newer than all that the receiver has; None if it has none of ours.
+fn next<'a>(ours: &'a [Snapshot], inventory: &Inventory) -> Option<&'a Snapshot> {
+    let common =
+        ours.iter().filter(|snapshot| has(inventory, snapshot.id)).min_by_key(|snapshot| newest_first(snapshot))?;
+    let newer = ours.iter().filter(|snapshot| newest_first(snapshot) < newest_first(common));
+    newer.max_by_key(|snapshot| newest_first(snapshot)).or(Some(common))
+}
+
+fn has(inventory: &Inventory, id: SnapshotId) -> bool {
+    inventory.snapshots.iter().any(|snapshot| snapshot.id == id)
 }
 
 #[cfg(test)]
 mod tests {
+    use common::wire::message::Unfinished;
+
     use super::*;
 
     /// The n-th snapshot of a volume; its name says the same as its number unless `name` differs (a clock that went back).
@@ -112,15 +160,19 @@ mod tests {
 
     #[test]
     fn the_base_is_the_newest_that_both_sides_have() {
-        let expected = Plan::Send { snapshot: snapshot(5, 5), base: Base::Common(snapshot(3, 3)) };
-        assert_eq!(plan(&ours(&[1, 2, 3, 5]), &inventory(&[1, 3, 4], Some(3))), expected);
-        assert_eq!(plan(&ours(&[5, 3, 2, 1]), &inventory(&[4, 1, 3], Some(4))), expected, "order does not matter");
+        let expected = Plan::Send { snapshot: snapshot(5, 5), base: Base::Common(snapshot(3, 3)), resumed: false };
+        assert_eq!(plan(&ours(&[1, 2, 3, 5]), &inventory(&[1, 3, 4], Some(3)), Which::Newest), expected);
+        assert_eq!(
+            plan(&ours(&[5, 3, 2, 1]), &inventory(&[4, 1, 3], Some(4)), Which::Newest),
+            expected,
+            "order does not matter"
+        );
     }
 
     #[test]
     fn newer_is_what_the_file_system_says_not_what_a_clock_said() {
         let ours = [snapshot(7, 50), snapshot(8, 10)];
-        let Plan::Send { snapshot: sent, base } = plan(&ours, &inventory(&[7], Some(7))) else {
+        let Plan::Send { snapshot: sent, base, .. } = plan(&ours, &inventory(&[7], Some(7)), Which::Newest) else {
             panic!("nothing to send")
         };
         assert_eq!((sent.id.ctransid, base), (8, Base::Common(snapshot(7, 50))));
@@ -133,23 +185,23 @@ mod tests {
             Snapshot { id, ..snapshot(7, second) }
         };
         let theirs = Inventory { snapshots: vec![twin(10)], published: Some(twin(10)), ..inventory(&[], None) };
-        let expected = Plan::Send { snapshot: twin(20), base: Base::Common(twin(10)) };
-        assert_eq!(plan(&[twin(10), twin(20)], &theirs), expected);
+        let expected = Plan::Send { snapshot: twin(20), base: Base::Common(twin(10)), resumed: false };
+        assert_eq!(plan(&[twin(10), twin(20)], &theirs, Which::Newest), expected);
     }
 
     #[test]
     fn nothing_is_sent_when_the_newest_is_published_and_it_is_offered_when_it_only_arrived() {
-        assert_eq!(plan(&ours(&[1, 2]), &inventory(&[2, 1], Some(2))), Plan::UpToDate(snapshot(2, 2)));
+        assert_eq!(plan(&ours(&[1, 2]), &inventory(&[2, 1], Some(2)), Which::Newest), Plan::UpToDate(snapshot(2, 2)));
         assert_eq!(
-            plan(&ours(&[1, 2]), &inventory(&[2, 1], Some(1))),
-            Plan::Send { snapshot: snapshot(2, 2), base: Base::Common(snapshot(1, 1)) }
+            plan(&ours(&[1, 2]), &inventory(&[2, 1], Some(1)), Which::Newest),
+            Plan::Send { snapshot: snapshot(2, 2), base: Base::Common(snapshot(1, 1)), resumed: false }
         );
-        assert_eq!(plan(&[], &inventory(&[2], Some(2))), Plan::NoSnapshot);
+        assert_eq!(plan(&[], &inventory(&[2], Some(2)), Which::Newest), Plan::NoSnapshot);
     }
 
     #[test]
     fn a_full_send_is_told_apart_from_a_lost_base() {
-        let base = |inventory| match plan(&ours(&[4, 5]), &inventory) {
+        let base = |inventory| match plan(&ours(&[4, 5]), &inventory, Which::Newest) {
             Plan::Send { base, .. } => base,
             other => panic!("{other:?}"),
         };
@@ -159,11 +211,44 @@ mod tests {
     }
 
     #[test]
+    fn what_was_interrupted_is_finished_first_if_it_still_can_be() {
+        let unfinished = |base: Option<u64>| Inventory {
+            unfinished: Some(Unfinished { snapshot: snapshot(3, 3), base: base.map(|n| snapshot(n, n)) }),
+            ..inventory(&[1, 2], Some(2))
+        };
+        let resumed = |base| Plan::Send { snapshot: snapshot(3, 3), base, resumed: true };
+        let fresh = Plan::Send { snapshot: snapshot(5, 5), base: Base::Common(snapshot(2, 2)), resumed: false };
+        let common = || Base::Common(snapshot(2, 2));
+        assert_eq!(plan(&ours(&[1, 2, 3, 5]), &unfinished(Some(2)), Which::Newest), resumed(common()));
+        assert_eq!(plan(&ours(&[1, 2, 3, 5]), &unfinished(None), Which::Newest), resumed(Base::FirstTransfer));
+        assert_eq!(plan(&ours(&[1, 2, 5]), &unfinished(Some(2)), Which::Newest), fresh, "the snapshot vanished");
+        let lost = plan(&ours(&[1, 3, 5]), &unfinished(Some(2)), Which::Newest);
+        assert!(
+            matches!(lost, Plan::Send { base: Base::Common(base), .. } if base == snapshot(1, 1)),
+            "the base vanished"
+        );
+    }
+
+    #[test]
+    fn every_snapshot_goes_in_its_order_if_that_is_wanted() {
+        let sent =
+            |theirs: &[u64], published| match plan(&ours(&[1, 2, 3, 4]), &inventory(theirs, published), Which::Every) {
+                Plan::Send { snapshot, base, .. } => {
+                    (snapshot.id.ctransid, base.snapshot().map(|base| base.id.ctransid))
+                }
+                other => panic!("{other:?}"),
+            };
+        assert_eq!(sent(&[1], Some(1)), (2, Some(1)));
+        assert_eq!(sent(&[1, 2], Some(2)), (3, Some(2)));
+        assert_eq!(sent(&[], None), (4, None), "a first transfer is of the newest");
+    }
+
+    #[test]
     fn the_same_uuid_with_another_ctransid_is_another_snapshot() {
         let mut theirs = inventory(&[3], Some(3));
         theirs.snapshots[0].id.ctransid = 2;
         theirs.published = None;
-        let Plan::Send { base, .. } = plan(&ours(&[3, 5]), &theirs) else { panic!("nothing to send") };
+        let Plan::Send { base, .. } = plan(&ours(&[3, 5]), &theirs, Which::Newest) else { panic!("nothing to send") };
         assert_eq!(base, Base::NoneInCommon { theirs: 1 });
     }
 }

@@ -6,6 +6,7 @@ use common::{
     progress::Report,
     snapshot::{Snapshot, VolumeName},
     stream::Total,
+    wire::message::Ack,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -44,7 +45,7 @@ impl Reporter {
     }
 
     /// A transfer begins.
-    pub fn started(&mut self, snapshot: &Snapshot, base: &Base, total: Option<Total>) {
+    pub fn started(&mut self, snapshot: &Snapshot, base: &Base, resumed: bool, total: Option<Total>) {
         self.snapshot = Some(snapshot.clone());
         if let Base::NoneInCommon { theirs } = base {
             tracing::warn!(
@@ -54,11 +55,11 @@ impl Reporter {
         }
         let base = base.snapshot().map_or("none".to_owned(), Snapshot::to_string);
         let (total, files) = (total.map(|total| total.bytes), total.map(|total| total.files));
-        tracing::info!(volume = %self.volume, snapshot = %snapshot, base, total, files, stage = "transfer", "transfer started");
+        tracing::info!(volume = %self.volume, snapshot = %snapshot, base, resumed, total, files, stage = "transfer", "transfer started");
     }
 
     /// A transfer goes on. Rates and percent are of what the receiver has applied.
-    pub fn progress(&self, report: &Report, meter: &Meter) {
+    pub fn progress(&self, report: &Report, meter: &Meter, stage: &'static str) {
         let (read, packed) = (meter.read.load(Ordering::Relaxed), meter.packed.load(Ordering::Relaxed));
         let file = meter.path();
         if let Some(bar) = &self.bar {
@@ -73,7 +74,7 @@ impl Reporter {
         tracing::info!(
             volume = %self.volume,
             snapshot = self.snapshot.as_ref().map(tracing::field::display),
-            stage = "transfer",
+            stage,
             percent = report.percent,
             bytes = report.bytes,
             total = report.total,
@@ -85,6 +86,16 @@ impl Reporter {
             files = meter.files.load(Ordering::Relaxed),
             file,
             "transfer progress"
+        );
+    }
+
+    /// Nothing moves.
+    pub fn stalled(&self, stalled: Duration, window: u64, ack: Ack) {
+        let waits_for = if window > 0 { "the network or the receiver" } else { "the kernel's send" };
+        let snapshot = self.snapshot.as_ref().map(tracing::field::display);
+        tracing::warn!(
+            volume = %self.volume, snapshot, stage = "transfer", seconds = stalled.as_secs_f64(),
+            received = ack.received, applied = ack.applied, waits_for, "nothing moves"
         );
     }
 

@@ -47,6 +47,8 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
                 connect_timeout: config.receiver.connect_timeout,
                 connector: Connector::new(&credentials, &config.tls.peers)?,
                 agent: config.agent.name.clone(),
+                reconnect_grace: config.receiver.reconnect_grace,
+                window: config.receiver.window,
             },
             state_file: config.agent.state_dir.join(format!("{}.toml", volume.name)),
             progress_interval: config.log.progress_interval,

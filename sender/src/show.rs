@@ -40,7 +40,7 @@ pub async fn plan(config: &Config) -> Result<(), ShowError> {
         let inventory = inventory(&volume).await?;
         let found = volume.snapshots()?;
         say_snapshot(&volume, &found);
-        say_transfer(&found, &inventory).await?;
+        say_transfer(&volume, &found, &inventory).await?;
         say_pruning(&volume.retention(&found)?);
     }
     Ok(())
@@ -100,14 +100,14 @@ fn say_snapshot(volume: &Volume, found: &[Found]) {
     }
 }
 
-async fn say_transfer(found: &[Found], inventory: &Inventory) -> Result<(), CycleError> {
+async fn say_transfer(volume: &Volume, found: &[Found], inventory: &Inventory) -> Result<(), CycleError> {
     let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
-    match plan::plan(&ours, inventory) {
+    match plan::plan(&ours, inventory, volume.which()) {
         Plan::NoSnapshot => println!("  transfer  the first snapshot, in full"),
         Plan::UpToDate(snapshot) => println!("  transfer  nothing: {snapshot} is published"),
-        Plan::Send { snapshot, base } => {
+        Plan::Send { snapshot, base, resumed } => {
             let total = total(found, &snapshot, &base, inventory).await?;
-            println!("  transfer  {snapshot}");
+            println!("  transfer  {snapshot}{}", if resumed { ", which was interrupted and goes on" } else { "" });
             println!("  base      {base}");
             println!(
                 "  size      {} in {} files ({} of file data)",

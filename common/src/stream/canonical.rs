@@ -5,7 +5,11 @@
 //! the read-only snapshot itself. So are SUBVOL and SNAPSHOT, which only say which snapshot it is. It is the form of the stream
 //! as the kernel wrote it, before any rewriting, and that of the stream without file data.
 
-use sha2::{Digest as _, Sha256};
+use serde::{Deserialize, Serialize};
+use sha2::{
+    Digest as _, Sha256,
+    digest::common::hazmat::{SerializableState, SerializedState},
+};
 
 use super::{
     Mark,
@@ -20,6 +24,15 @@ pub struct Canonical {
     hash: Sha256,
     count: u64,
     run: Run,
+}
+
+/// A [`Canonical`] at a mark, to be kept across a restart.
+///
+/// It can be carried by anything that serde knows; what it has is SHA-256 in the middle of its work, not a secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CanonicalState {
+    count: u64,
+    hash: Vec<u8>,
 }
 
 /// Data ranges of one file that touch, so far.
@@ -67,6 +80,24 @@ impl Canonical {
         Ok(command.kind() == Kind::Utimes)
     }
 
+    /// What it was when [`Canonical::state`] was called; None if the state is not one.
+    pub fn resume(state: &CanonicalState) -> Option<Self> {
+        let state_bytes = SerializedState::<Sha256>::try_from(&state.hash[..]).ok()?;
+        let hash = Sha256::deserialize(&state_bytes).ok()?;
+        Some(Self { hash, count: state.count, run: Run::default() })
+    }
+
+    /// What it is now. To be called at a mark: there no data range is open.
+    pub fn state(&self) -> CanonicalState {
+        debug_assert!(!self.run.open, "behind a UTIMES no range is open");
+        CanonicalState { count: self.count, hash: self.hash.serialize().to_vec() }
+    }
+
+    /// Canonical commands so far.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
     /// Where the stream is now. Another send of the snapshot comes by the same value if this is behind a UTIMES.
     pub fn mark(&self) -> Mark {
         let mut hash = self.hash.clone();
@@ -107,7 +138,7 @@ impl Run {
 mod tests {
     use super::*;
     use crate::stream::{
-        StreamError,
+        StreamError, encode,
         samples::{BASE, ID, Sample},
         walk::Item,
     };
@@ -175,5 +206,28 @@ mod tests {
             Ok(())
         });
         assert_eq!(same.mark(), marks[0]);
+    }
+
+    fn chmod(path: &[u8], kind: Kind) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        encode(kind.number(), &[(15, path)], 2, &mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn an_interrupted_digest_goes_on_as_if_nothing_had_happened() {
+        let commands: Vec<Vec<u8>> = (0..200u32).map(|n| chmod(format!("dir/{n}").as_bytes(), Kind::Utimes)).collect();
+        let mut whole = Canonical::new();
+        let mut broken = Canonical::new();
+        for bytes in &commands {
+            let command = Command::first(bytes, 2, 0).unwrap().unwrap();
+            whole.update(&command).unwrap();
+            broken.update(&command).unwrap();
+            broken = Canonical::resume(&broken.state()).unwrap();
+        }
+        assert_eq!(whole.finish(), broken.finish());
+        assert_eq!(whole.count(), 200);
+        let bad = CanonicalState { count: 1, hash: vec![0; 3] };
+        assert!(Canonical::resume(&bad).is_none());
     }
 }

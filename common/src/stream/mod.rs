@@ -20,7 +20,7 @@ mod walk;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    canonical::Canonical,
+    canonical::{Canonical, CanonicalState},
     command::{Attrs, Command, DataRange},
     digest::StreamDigest,
     encode::{encode, encode_header},

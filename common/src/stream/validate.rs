@@ -41,6 +41,11 @@ impl Validator {
         Self { expected, begun: false }
     }
 
+    /// Of the rest of a stream, whose beginning was judged before an interruption.
+    pub fn resume(expected: Expectation) -> Self {
+        Self { expected, begun: true }
+    }
+
     /// Judges the stream's header.
     ///
     /// # Errors

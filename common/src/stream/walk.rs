@@ -51,6 +51,11 @@ impl Walker {
         Self { stage: Stage::Header, partial: Vec::new(), position: 0 }
     }
 
+    /// In the middle of a stream of that version, behind the command that ends at `position`.
+    pub fn resume(version: u32, position: u64) -> Self {
+        Self { stage: Stage::Commands { version }, partial: Vec::new(), position }
+    }
+
     /// Calls `each` with everything that `block`, the next bytes of the stream, completes.
     ///
     /// # Errors

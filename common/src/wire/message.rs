@@ -172,6 +172,12 @@ pub enum ToReceiver {
     Offer(Offer),
     /// How much it will be, once known.
     Total(Total),
+    /// The blocks that follow begin there, behind the mark of [`ToSender::Accept`]. (Bytes are counted in the stream of the
+    /// moment: another send of the snapshot reaches the same mark at another byte.)
+    Resume {
+        /// Offset of the first byte that follows.
+        offset: u64,
+    },
     /// The stream is complete.
     End(End),
     /// The transfer cannot go on; what was sent so far is not a whole stream.
@@ -248,6 +254,10 @@ pub struct Offer {
     pub root_times: RootTimes,
     /// How much it will be, if that is known already; else [`ToReceiver::Total`] follows.
     pub total: Option<Total>,
+    /// The run of the kernel's send that the blocks are from: as long as it lives, a new connection goes on at the byte.
+    pub run: [u8; 16],
+    /// False: forget what there is of this snapshot, it begins from nothing.
+    pub resume: bool,
 }
 
 /// What the receiver has of a volume.
@@ -270,8 +280,6 @@ pub struct Unfinished {
     pub snapshot: Snapshot,
     /// What its stream builds on.
     pub base: Option<Snapshot>,
-    /// Where it can go on.
-    pub from: Start,
 }
 
 /// Where in a stream the sender shall begin.
@@ -279,8 +287,10 @@ pub struct Unfinished {
 pub enum Start {
     /// At its first byte.
     Beginning,
-    /// Behind a mark of the canonical form.
+    /// Behind a mark of the canonical form: send again, discard up to there.
     Mark(Mark),
+    /// At this byte of the run of the offer: everything before it is here.
+    Byte(u64),
 }
 
 /// The end of a stream.
