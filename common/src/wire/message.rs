@@ -190,7 +190,6 @@ pub enum ToReceiver {
 }
 
 /// What the receiver says.
-#[expect(clippy::large_enum_variant, reason = "one at a time, and never in bulk")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToSender {
     /// What the receiver has of the volume.
