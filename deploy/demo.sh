@@ -70,7 +70,7 @@ wait_until() {
     local pid=$1 what=$2 tries
     shift 2
     for ((tries = 0; tries < 600; tries++)); do
-        if "$@"; then return; fi
+        if "$@"; then return 0; fi
         kill -0 "$pid" 2>/dev/null || fail "process $pid has ended while this was waited for: $what"
         sleep 0.1
     done
@@ -227,6 +227,8 @@ assert_equal() {
 }
 
 # --- cleaning up -------------------------------------------------------------------------------------------------------
+#
+# This also runs from a trap, where a bare `return` means the status from before the trap: it is `return 0` here.
 
 processes() {
     local host
@@ -249,7 +251,7 @@ end_processes() {
 unmount() {
     local tries
     for ((tries = 0; tries < 50; tries++)); do
-        if ! mountpoint -q "$1" || umount "$1" 2>/dev/null; then return; fi
+        if ! mountpoint -q "$1" || umount "$1" 2>/dev/null; then return 0; fi
         sleep 0.1
     done
     say "demo: somebody is inside $1; it goes when they leave" >&2
@@ -267,23 +269,44 @@ clean() {
 }
 
 finish() {
-    local status=$? log
+    local status=$?
     trap - EXIT
     trap '' INT TERM HUP # this must come to its end
-    if ((status != 0)); then
-        for log in head mirror; do
-            [[ ! -s $work/$log.log ]] || say "" "the last lines of $log.log:" "$(tail -n 15 "$work/$log.log")" >&2
-        done
-        say "" "demo: FAILED or stopped" >&2
-    fi
+    case $status in
+    0) ;;
+    130 | 143) say "" "demo: stopped" >&2 ;;
+    *) say_why >&2 ;;
+    esac
     if ((keep && status == 0)); then
         look_around
     else
         say "" "cleaning up: agents, mounts, namespaces, $work"
         clean
-        ((status != 0)) || say "done"
     fi
     exit "$status"
+}
+
+say_why() {
+    local host
+    for host in head mirror; do
+        [[ ! -s $work/$host.log ]] || say "" "the last lines of $host.log:" "$(tail -n 15 "$work/$host.log")"
+    done
+    say "" "demo: FAILED"
+}
+
+# Short commands for whoever looks around.
+write_shortcuts() {
+    shortcut sender nsenter "--net=/run/netns/$head" "$programs/snapferry-sender" --config "$work/head/sender.toml"
+    shortcut receiver nsenter "--net=/run/netns/$mirror" "$programs/snapferry-receiver" --config "$work/mirror/receiver.toml"
+    shortcut client nsenter "--net=/run/netns/$client"
+    shortcut grow "$programs/examples/nar-cache" "$work/head/disk/publish"
+}
+
+shortcut() {
+    local file=$work/$1
+    shift
+    printf '#!/bin/sh\nexec %s "$@"\n' "${*@Q}" >"$file"
+    chmod +x "$file"
 }
 
 look_around() {
@@ -291,15 +314,17 @@ look_around() {
 
 == Left running
 
-The sender takes a snapshot every minute and ferries it. Everything lies below $work:
-head/sender.toml, head.log, head/disk/publish (the source), mirror/receiver.toml, mirror.log, mirror/publish/live/tree.
+The sender takes a snapshot every minute and ferries it. As root:
 
-  tail -f $work/head.log $work/mirror.log
-  $programs/examples/nar-cache $work/head/disk/publish 50 \$RANDOM      # 50 MB more at the source
-  nsenter --net=/run/netns/$head $programs/snapferry-sender --config $work/head/sender.toml snapshots
-  nsenter --net=/run/netns/$head $programs/snapferry-sender --config $work/head/sender.toml plan
-  nsenter --net=/run/netns/$mirror $programs/snapferry-receiver --config $work/mirror/receiver.toml snapshots
-  nsenter --net=/run/netns/$client rsync $url
+  cd $link/
+  tail -f head.log mirror.log
+  less head/sender.toml mirror/receiver.toml
+  ls head/disk/publish mirror/publish/live/tree     # the source, and what clients see of it
+  ./grow 50 4                                       # 50 MB more at the source; another number than 4 the next time
+  ./sender plan
+  ./sender snapshots
+  ./receiver snapshots
+  ./client rsync $url
 
 Remove it with: sudo deploy/demo.sh --clean
 END
@@ -403,6 +428,7 @@ demonstrate() {
     heading "In numbers"
     summary
     if ((keep)); then
+        write_shortcuts
         start_sender
         disown -a
     fi
