@@ -105,11 +105,14 @@ impl Agent {
     pub fn wait(mut self) -> Ended {
         let status = wait::within(DEADLINE, || self.child.try_wait().unwrap());
         let Some(status) = status else { panic!("it does not end; the log:\n{}", self.log.as_text()) };
-        // A child of it that outlives it may hold the other end of its stderr: then what came so far must do.
-        let log = self.log.clone();
-        wait::within(Duration::from_secs(2), || self.reader.as_ref().is_none_or(JoinHandle::is_finished).then_some(()));
-        let finished = self.stdout.as_ref().is_some_and(JoinHandle::is_finished);
+        // A child of it that outlives it may hold the other ends of its pipes: then what came so far must do.
+        let readers = |agent: &Self| {
+            agent.reader.as_ref().is_none_or(JoinHandle::is_finished)
+                && agent.stdout.as_ref().is_none_or(JoinHandle::is_finished)
+        };
+        let finished = wait::within(Duration::from_secs(2), || readers(&self).then_some(())).is_some();
         let stdout = self.stdout.take().filter(|_| finished).map(|reader| reader.join().unwrap()).unwrap_or_default();
+        let log = self.log.clone();
         Ended { status, stdout, log }
     }
 }

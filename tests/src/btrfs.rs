@@ -55,6 +55,8 @@ pub struct Usage {
 /// Measures how much of a tree's data is shared among its own files: what reflinks spare.
 #[must_use]
 pub fn usage(tree: &Path) -> Usage {
+    // What is not written yet takes no extent yet.
+    sync(tree);
     let text = run(btrfs(&["filesystem", "du", "-s", "--raw"]).arg(tree));
     let words = text.lines().nth(1).unwrap().split_whitespace().take(3);
     let figures: Vec<u64> = words.map(|word| word.parse().unwrap()).collect();

@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::Pid;
+
 use crate::{
     agent::{Agent, Ended},
     btrfs,
@@ -180,6 +182,12 @@ impl Pair {
     #[must_use]
     pub fn url(&self) -> String {
         format!("rsync://{MIRROR_ADDRESS}/{VOLUME}/")
+    }
+
+    /// The `btrfs receive` that is at work on the mirror box.
+    #[must_use]
+    pub fn btrfs_receive(&self) -> Option<Pid> {
+        self.mirror.process("receive --chroot")
     }
 
     /// Panics unless the sender's newest snapshot has an equal replica, complete and published, and is what clients see.

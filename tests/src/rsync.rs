@@ -20,9 +20,14 @@ pub struct Client {
 }
 
 /// How a client asks: `-a` as the users of a mirror do, with the owners as numbers, and `--delete` as on a copy that is kept.
+/// Times are compared to the nanosecond: by default rsync leaves a directory's alone if it is right to the second.
 fn command(host: &Host, url: &str, copy: &Path, more: &[&str]) -> Command {
     let mut command = host.command("rsync");
-    command.args(["-a", "--numeric-ids", "--delete", "--contimeout=10"]).args(more).arg(url).arg(copy);
+    command
+        .args(["-a", "--numeric-ids", "--delete", "--modify-window=-1", "--contimeout=10"])
+        .args(more)
+        .arg(url)
+        .arg(copy);
     command
 }
 

@@ -60,7 +60,7 @@ fn a_killed_sender_leaves_nothing_behind_and_the_next_cycle_succeeds() {
         receiver.wait_where("transfer failed", |event| event.text("snapshot") == snapshot);
         wait::until("the leftover is removed", || {
             let none = !pair.replicas().iter().any(|replica| snapshot.starts_with(&name(replica)));
-            (none && pair.mirror.process("btrfs receive").is_none()).then_some(())
+            (none && pair.btrfs_receive().is_none()).then_some(())
         });
         pair.assert_no_leftovers();
         recovers(&pair, before, kind);
@@ -92,7 +92,7 @@ fn a_killed_btrfs_receive_fails_the_transfer_in_both_logs() {
     for (round, kind) in KINDS.into_iter().enumerate() {
         let before = pair.published();
         let (sender, snapshot) = under_way(&pair, &receiver, round as u64);
-        rustix::process::kill_process(pair.mirror.process("btrfs receive").unwrap(), Signal::KILL).unwrap();
+        rustix::process::kill_process(pair.btrfs_receive().unwrap(), Signal::KILL).unwrap();
         let ended = sender.wait().expect(1);
         assert!(!ended.log.only("cycle failed").text("error").is_empty());
         receiver.wait_where("transfer failed", |event| event.text("snapshot") == snapshot);
@@ -133,7 +133,7 @@ fn a_sender_that_is_told_to_stop_does_so_in_mid_transfer() {
         assert!(!ended.status.success(), "a cycle that was interrupted is not done");
         pair.assert_no_processes(&pair.head);
         receiver.wait_where("transfer failed", |event| event.text("snapshot") == snapshot);
-        wait::until("btrfs receive has ended", || pair.mirror.process("btrfs receive").is_none().then_some(()));
+        wait::until("btrfs receive has ended", || pair.btrfs_receive().is_none().then_some(()));
         pair.assert_no_leftovers();
         recovers(&pair, before, kind);
     }

@@ -106,6 +106,7 @@ fn check_is_content_with_a_good_machine_and_names_what_is_wrong() {
     btrfs::create(&pair.places.source.join("nested"));
     let _receiver = pair.start_receiver();
     pair.sender(&["check"]).wait().expect_said("nested");
+    btrfs::delete(&pair.places.source.join("nested"));
     btrfs::delete(&pair.places.source);
     pair.sender(&["check"]).wait().expect(1).expect_said(pair.places.source.to_str().unwrap());
 }

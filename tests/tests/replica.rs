@@ -2,15 +2,29 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::fs;
+use std::{fs, path::Path, process::Command};
 
 use snapferry_tests::{
-    btrfs, change,
+    btrfs::{self, Usage},
+    change,
     config::Settings,
+    lab::run,
     manifest::{Manifest, View},
     pair::{Disks, Pair, name},
     tree,
 };
+
+/// How much disk a replica takes that the stock tools made.
+fn stock_usage(pair: &Pair, snapshot: &Path) -> Usage {
+    let to = pair.lab.path().join("mirror/stock");
+    fs::create_dir(&to).unwrap();
+    let script = "set -o pipefail; btrfs send -q --proto 2 \"$1\" | btrfs receive -q \"$2\"";
+    run(Command::new("bash").args(["-ec", script, "-"]).arg(snapshot).arg(&to));
+    let replica = to.join(name(snapshot));
+    let usage = btrfs::usage(&replica);
+    btrfs::delete(&replica);
+    usage
+}
 
 /// Half-random files, specials, odd names, all of it, in full and then with everything changed.
 fn full_and_incremental(pair: &Pair) {
@@ -21,9 +35,10 @@ fn full_and_incremental(pair: &Pair) {
     assert_eq!(full.text("base"), "none");
     pair.assert_arrived();
     let first = pair.newest();
-    // What reflinks spared at the source is spared at the receiver.
-    let (ours, theirs) = (btrfs::usage(&first), btrfs::usage(&pair.replicas()[0]));
-    assert!(theirs.unique <= ours.unique + ours.unique / 10, "{ours:?} became {theirs:?}");
+    // What reflinks spare at the source is spared here as far as btrfs can send it. (Compressed data is another matter.)
+    let (ours, stock) = (btrfs::usage(&pair.replicas()[0]), stock_usage(pair, &first));
+    assert!(ours.unique <= stock.unique + stock.unique / 50, "{ours:?}, with the stock tools {stock:?}");
+    assert!(stock.total > stock.unique + (25 << 20), "{stock:?}");
 
     change::everything(source, 12);
     let increment = pair.ferry();
@@ -129,13 +144,20 @@ fn an_increment_without_any_change_arrives() {
 }
 
 #[test]
-fn a_nested_subvolume_arrives_as_an_empty_directory() {
+fn a_nested_subvolume_is_left_out() {
     let pair = Pair::new();
     let _receiver = pair.start_receiver();
-    btrfs::create(&pair.places.source.join("nested"));
-    fs::write(pair.places.source.join("nested/inside"), "not of this volume").unwrap();
-    fs::write(pair.places.source.join("beside"), "of this volume").unwrap();
+    let source = &pair.places.source;
+    btrfs::create(&source.join("nested"));
+    fs::write(source.join("nested/inside"), "not of this volume").unwrap();
+    fs::write(source.join("beside"), "of this volume").unwrap();
     pair.ferry();
-    let live = Manifest::of(&pair.live(), View::Client);
-    assert_eq!(live.paths().collect::<Vec<_>>(), [&b""[..], b"beside", b"nested"]);
+    let live = |pair: &Pair| Manifest::of(&pair.live(), View::Client).paths().map(<[u8]>::to_vec).collect::<Vec<_>>();
+    assert_eq!(live(&pair), [&b""[..], b"beside"]);
+    // A directory in its place is no subvolume and arrives.
+    btrfs::delete(&source.join("nested"));
+    fs::create_dir(source.join("nested")).unwrap();
+    pair.ferry();
+    pair.assert_arrived();
+    assert_eq!(live(&pair), [&b""[..], b"beside", b"nested"]);
 }
