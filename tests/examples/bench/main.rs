@@ -1,0 +1,202 @@
+//! How fast the pair is and what it takes, beside the other ways to ferry a snapshot, all in one run. `tests/bench.sh` builds and
+//! calls it.
+//!
+//! Not a test: it prints, and fails only if something could not be run. The rows are interleaved, so that whatever else the machine
+//! does meets all of them; what counts are the ratios.
+
+// A benchmark that cannot do its work panics and says why.
+#![allow(clippy::unwrap_used)]
+
+mod child;
+mod data;
+mod pair;
+mod place;
+mod report;
+mod rows;
+mod ssh;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use crate::{
+    data::Amount,
+    pair::Pair,
+    place::Place,
+    report::Measured,
+    rows::{Row, Sample},
+    ssh::Sshd,
+};
+
+const USAGE: &str = "usage: tests/bench.sh [--quick] [--rounds N] [--sets ABCD] [--rows pipe,ssh,zstd,snapferry]
+  --quick    little data and one round: shows that the benchmark works, and nothing else
+  --rounds   how often each row is run; the median counts (3)
+  --sets     the data sets: A nar-like, B 100,000 small files, C 1,000 small files, D an increment of a large tree
+  --rows     the ways to ferry";
+
+/// What was asked for.
+struct Options {
+    rounds: u32,
+    sets: String,
+    rows: Vec<Row>,
+    sizes: Sizes,
+}
+
+/// How much data there is.
+struct Sizes {
+    nar_bytes: u64,
+    many_files: u64,
+    few_files: u64,
+    tree_files: u64,
+}
+
+const FULL: Sizes = Sizes { nar_bytes: 2_500_000_000, many_files: 100_000, few_files: 1_000, tree_files: 200_000 };
+const QUICK: Sizes = Sizes { nar_bytes: 200_000_000, many_files: 5_000, few_files: 1_000, tree_files: 10_000 };
+
+/// Files that an increment changes.
+const CHANGES: u64 = 10;
+
+fn main() -> ExitCode {
+    let Some(options) = options(env::args().skip(1)) else {
+        eprintln!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    // The agents lie where cargo has put them: beside the directory of the examples.
+    let programs = env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned();
+    let bench = Bench { options, programs, sshd: Sshd::start(&env::temp_dir().join("ssh")) };
+    println!("{}", machine());
+    let mut sets = Vec::new();
+    for set in bench.options.sets.chars() {
+        let measured = match set {
+            'A' => bench.nar_like(),
+            'B' => bench.many_files(),
+            'C' => bench.few_files(),
+            _ => bench.increments(),
+        };
+        report::table(&measured);
+        sets.push(measured);
+    }
+    report::goals(&sets);
+    ExitCode::SUCCESS
+}
+
+fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
+    let mut options = Options { rounds: 3, sets: "ABCD".to_owned(), rows: Row::ALL.to_vec(), sizes: FULL };
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--quick" => (options.sizes, options.rounds) = (QUICK, 1),
+            "--rounds" => options.rounds = words.next()?.parse().ok().filter(|rounds| *rounds > 0)?,
+            "--sets" => options.sets = words.next().filter(|sets| sets.chars().all(|set| "ABCD".contains(set)))?,
+            "--rows" => options.rows = words.next()?.split(',').map(Row::named).collect::<Option<_>>()?,
+            _ => return None,
+        }
+    }
+    Some(options)
+}
+
+/// What it is measured on: numbers without it say little.
+fn machine() -> String {
+    let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let model = cpus
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or("")
+        .trim_start_matches(['\t', ':', ' ']);
+    let load = read("/proc/loadavg");
+    format!(
+        "Linux {}, {} cores {model}, {}, load {} before the start",
+        read("/proc/sys/kernel/osrelease").trim(),
+        std::thread::available_parallelism().map_or(0, usize::from),
+        child::run("btrfs", &["--version"]).lines().next().unwrap_or(""),
+        load.split(' ').next().unwrap_or(""),
+    )
+}
+
+/// All that is needed to measure.
+struct Bench {
+    options: Options,
+    programs: PathBuf,
+    sshd: Sshd,
+}
+
+impl Bench {
+    fn nar_like(&self) -> Measured {
+        let bytes = self.options.sizes.nar_bytes;
+        let fill = |root: &Path| data::nar_like(root, bytes);
+        self.full(('A', "nar-like data"), bytes * 3 / 2 + GIB, fill, &self.options.rows)
+    }
+
+    fn many_files(&self) -> Measured {
+        let files = self.options.sizes.many_files;
+        self.full(('B', "many small files"), room(files), |root| data::small_files(root, files), &self.options.rows)
+    }
+
+    fn few_files(&self) -> Measured {
+        let files = self.options.sizes.few_files;
+        let fill = |root: &Path| data::small_files(root, files);
+        self.full(('C', "few small files, for the memory"), room(files), fill, &[Row::Snapferry])
+    }
+
+    /// Measures full sends of a tree, rows in turn.
+    fn full(
+        &self,
+        (key, title): (char, &str),
+        room: u64,
+        fill: impl FnOnce(&Path) -> Amount,
+        rows: &[Row],
+    ) -> Measured {
+        let place = Place::new(room);
+        let amount = fill(&place.tree());
+        place.sync();
+        // What the images need of memory is had with the first use of them: that counts for nobody.
+        rows::run(Row::Pipe, &place, &self.programs, &self.sshd);
+        let mut measured: Vec<(Row, Vec<Sample>)> = rows.iter().map(|row| (*row, Vec::new())).collect();
+        for round in 1..=self.options.rounds {
+            for (row, samples) in &mut measured {
+                let sample = rows::run(*row, &place, &self.programs, &self.sshd);
+                progress(key, round, *row, &sample);
+                samples.push(sample);
+            }
+        }
+        Measured { key, title: title.to_owned(), amount, rows: measured }
+    }
+
+    /// Measures increments: a pair that has published the whole tree, then a few changes each time.
+    fn increments(&self) -> Measured {
+        let files = self.options.sizes.tree_files;
+        let place = Place::new(room(files));
+        data::small_files(&place.tree(), files);
+        place.sync();
+        let pair = Pair::start(&self.programs, &place);
+        progress('D', 0, Row::Snapferry, &rows::cycle(&pair));
+        let mut samples = Vec::new();
+        for round in 1..=self.options.rounds {
+            data::change(&place.tree(), files, CHANGES, round.into());
+            let sample = rows::cycle(&pair);
+            progress('D', round, Row::Snapferry, &sample);
+            samples.push(sample);
+        }
+        pair.stop();
+        Measured {
+            key: 'D',
+            title: format!("increments of {CHANGES} changed files in a tree of {files}"),
+            amount: Amount { files: CHANGES, bytes: CHANGES * data::SMALL_FILE as u64 },
+            rows: vec![(Row::Snapferry, samples)],
+        }
+    }
+}
+
+const GIB: u64 = 1 << 30;
+
+/// Bytes of a file system for so many small files: they lie in the metadata, of which there are two copies.
+fn room(files: u64) -> u64 {
+    GIB + files * 20_000
+}
+
+fn progress(key: char, round: u32, row: Row, sample: &Sample) {
+    let round = if round == 0 { "first".to_owned() } else { format!("round {round}") };
+    eprintln!("{key} {round}: {:31} {:.2} s", row.title(), sample.elapsed.as_secs_f64());
+}

@@ -1,0 +1,154 @@
+//! The ways to ferry a snapshot that are compared. Each begins with taking a snapshot and ends when its replica is there.
+//!
+//! The snapshot is a new one each time, as in real life: what the page cache holds of the source's files or of an older snapshot's
+//! is of no use to a send, whoever calls it. The images are in memory, so all rows pay the same small price for reading.
+
+use std::{
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use snapferry_tests::btrfs;
+
+use crate::{
+    child::{Cost, Pipeline},
+    pair::Pair,
+    place::Place,
+    ssh::Sshd,
+};
+
+/// A way to ferry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Row {
+    /// What the tools give on one machine: the measure of all others, without any network or check.
+    Pipe,
+    /// As scripts do it.
+    Ssh,
+    /// As backup tools do it.
+    ZstdSsh,
+    /// Both agents.
+    Snapferry,
+}
+
+impl Row {
+    /// In the order of the table.
+    pub const ALL: [Self; 4] = [Self::Pipe, Self::Ssh, Self::ZstdSsh, Self::Snapferry];
+
+    /// As it is called on the command line.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "pipe" => Some(Self::Pipe),
+            "ssh" => Some(Self::Ssh),
+            "zstd" => Some(Self::ZstdSsh),
+            "snapferry" => Some(Self::Snapferry),
+            _ => None,
+        }
+    }
+
+    /// As it stands in the table.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Pipe => "btrfs send | btrfs receive",
+            Self::Ssh => "btrfs send | ssh btrfs receive",
+            Self::ZstdSsh => "btrfs send | zstd -1 | ssh ..",
+            Self::Snapferry => "snapferry, everything on",
+        }
+    }
+}
+
+/// What one run of a row took.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    /// From before the snapshot is taken until the replica is there.
+    pub elapsed: Duration,
+    /// CPU time of the sending programs.
+    pub sending: Duration,
+    /// CPU time of the receiving programs.
+    pub receiving: Duration,
+    /// The most memory of the sending agent, or of `btrfs send`, in bytes.
+    pub sender_peak: u64,
+    /// The most memory of the receiving agent, or of `btrfs receive`, in bytes. None where it cannot be asked.
+    pub receiver_peak: Option<u64>,
+}
+
+/// Runs a row once and removes what it has made.
+pub fn run(row: Row, place: &Place, programs: &Path, sshd: &Sshd) -> Sample {
+    let receive = format!("btrfs receive '{}'", place.store().display());
+    let sample = match row {
+        Row::Pipe => pipe(place),
+        Row::Ssh => through_ssh(place, sshd, vec![sshd.client(&receive)]),
+        Row::ZstdSsh => through_ssh(
+            place,
+            sshd,
+            vec![program("zstd", &["-q", "-1", "-c"]), sshd.client(&format!("zstd -q -dc | {receive}"))],
+        ),
+        Row::Snapferry => snapferry(place, programs),
+    };
+    place.clear();
+    sample
+}
+
+fn pipe(place: &Place) -> Sample {
+    let started = Instant::now();
+    let costs =
+        Pipeline::spawn(vec![send(place), program("btrfs", &["receive", place.store().to_str().unwrap()])]).finish();
+    Sample {
+        elapsed: started.elapsed(),
+        sending: costs[0].cpu,
+        receiving: costs[1].cpu,
+        sender_peak: costs[0].peak,
+        receiver_peak: Some(costs[1].peak),
+    }
+}
+
+fn through_ssh(place: &Place, sshd: &Sshd, mut stages: Vec<Command>) -> Sample {
+    let before = sshd.cpu();
+    let started = Instant::now();
+    stages.insert(0, send(place));
+    let costs = Pipeline::spawn(stages).finish();
+    let elapsed = started.elapsed();
+    Sample {
+        elapsed,
+        sending: costs.iter().map(|cost| cost.cpu).sum(),
+        receiving: sshd.cpu() - before,
+        sender_peak: costs[0].peak,
+        receiver_peak: None,
+    }
+}
+
+fn snapferry(place: &Place, programs: &Path) -> Sample {
+    let pair = Pair::start(programs, place);
+    let sample = cycle(&pair);
+    pair.stop();
+    sample
+}
+
+/// One cycle of a pair that is there already.
+pub fn cycle(pair: &Pair) -> Sample {
+    let before = pair.receiver().cpu();
+    let started = Instant::now();
+    let Cost { cpu, peak } = pair.cycle();
+    let elapsed = started.elapsed();
+    pair.assert_published();
+    Sample {
+        elapsed,
+        sending: cpu,
+        receiving: pair.receiver().cpu() - before,
+        sender_peak: peak,
+        receiver_peak: Some(pair.receiver().peak()),
+    }
+}
+
+/// Takes a snapshot, at once, and returns what sends it.
+fn send(place: &Place) -> Command {
+    let snapshot = place.snapshots().join("snapshot");
+    btrfs::snapshot(&place.tree(), &snapshot);
+    program("btrfs", &["send", "-q", snapshot.to_str().unwrap()])
+}
+
+fn program(name: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(name);
+    command.args(arguments);
+    command
+}
