@@ -183,7 +183,7 @@ impl Bench {
         Measured {
             key: 'D',
             title: format!("increments of {CHANGES} changed files in a tree of {files}"),
-            amount: Amount { files: CHANGES, bytes: CHANGES * data::SMALL_FILE as u64 },
+            amount: Amount::small_files(CHANGES),
             rows: vec![(Row::Snapferry, samples)],
         }
     }

@@ -7,6 +7,8 @@ use crate::{
     rows::{Row, Sample},
 };
 
+const MB: u64 = 1_000_000;
+
 /// A data set with its samples.
 pub struct Measured {
     /// Of the data set.
@@ -43,7 +45,7 @@ impl Measured {
 /// Prints the rows of a data set.
 pub fn table(measured: &Measured) {
     let Measured { key, title, amount, rows } = measured;
-    println!("\n{key}: {title} ({} files, {:.1} MB)", amount.files, amount.bytes as f64 / 1e6);
+    println!("\n{key}: {title} ({} files, {})", amount.files, decimal(amount.bytes));
     println!("{:31} {:>8} {:>13} {:>6}  {:>7} {:>9}  {:>9} {:>9}", "", "", "", "", "CPU", "s a GB", "peak", "RSS, MiB");
     println!(
         "{:31} {:>8} {:>13} {:>6}  {:>7} {:>9}  {:>9} {:>9}",
@@ -56,11 +58,14 @@ pub fn table(measured: &Measured) {
             .map_or_else(|| "-".to_owned(), |pipe| format!("{:.2}", pipe / median(samples, seconds)));
         let least = samples.iter().map(seconds).fold(f64::INFINITY, f64::min);
         let most = samples.iter().map(seconds).fold(0.0, f64::max);
-        let per_gb =
-            |cpu: fn(&Sample) -> Duration| median(samples, |s| cpu(s).as_secs_f64()) / amount.bytes as f64 * 1e9;
+        let per_gb = |cpu: fn(&Sample) -> Duration| {
+            let seconds = median(samples, |sample| cpu(sample).as_secs_f64());
+            // Of a few files it would say what starting a program costs.
+            if amount.bytes < MB { "-".to_owned() } else { format!("{:.2}", seconds / amount.bytes as f64 * 1e9) }
+        };
         let receiver = samples.iter().filter_map(|sample| sample.receiver_peak).max();
         println!(
-            "{:31} {:>8.2} {:>13} {:>6}  {:>7.2} {:>9.2}  {:>9.1} {:>9}",
+            "{:31} {:>8.2} {:>13} {:>6}  {:>7} {:>9}  {:>9.1} {:>9}",
             row.title(),
             median(samples, seconds),
             format!("{least:.2}..{most:.2}"),
@@ -139,6 +144,10 @@ fn median(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
+}
+
+fn decimal(bytes: u64) -> String {
+    if bytes < MB { format!("{} kB", bytes / 1000) } else { format!("{:.1} MB", bytes as f64 / MB as f64) }
 }
 
 fn mib(bytes: u64) -> f64 {
