@@ -10,8 +10,8 @@ const SEED: u64 = 1;
 /// Files of one directory among the small ones.
 const FILES_IN_A_DIRECTORY: u64 = 1000;
 
-/// Bytes of each small file: those of a narinfo.
-const SMALL_FILE_BYTES: usize = 1500;
+/// Bytes of a small file: those of a narinfo.
+pub const SMALL_BYTES: u64 = 1500;
 
 /// How much there is of something.
 #[derive(Debug, Clone, Copy, Default)]
@@ -22,53 +22,48 @@ pub struct Amount {
     pub bytes: u64,
 }
 
-impl Amount {
-    /// Of so many small files.
-    pub fn small_files(files: u64) -> Self {
-        Self { files, bytes: files * SMALL_FILE_BYTES as u64 }
-    }
-}
-
 /// The cache of a build farm: archives that no compressor shrinks, and small texts that describe them.
 pub fn nar_like(root: &Path, bytes: u64) -> Amount {
     nar::grow(root, bytes, SEED).unwrap();
     measure(root)
 }
 
-/// Small files of [`SMALL_FILE_BYTES`] each, a thousand to a directory. Part of each shrinks, as in a narinfo.
-pub fn small_files(root: &Path, files: u64) -> Amount {
+/// Texts of `bytes` each, a thousand to a directory. Part of each shrinks, as in a narinfo.
+pub fn texts(root: &Path, files: u64, bytes: u64) -> Amount {
     let mut rng = Rng::with_seed(SEED);
     for number in 0..files {
-        let path = root.join(small_file(number));
+        let path = root.join(file_name(number));
         if number % FILES_IN_A_DIRECTORY == 0 {
             fs::create_dir(path.parent().unwrap()).unwrap();
         }
-        fs::write(path, text(&mut rng)).unwrap();
+        fs::write(path, text(&mut rng, bytes)).unwrap();
     }
-    Amount::small_files(files)
+    Amount { files, bytes: files * bytes }
 }
 
-/// Gives `changes` of the small files, spread over the tree, new content. Each round changes others.
-pub fn change(root: &Path, files: u64, changes: u64, round: u64) {
+/// Gives `changes` of the small texts, spread over the tree, new content. Each round changes others.
+pub fn change(root: &Path, files: u64, changes: u64, round: u64) -> Amount {
     let mut rng = Rng::with_seed(SEED + round);
     for index in 0..changes {
         let number = index * files / changes + rng.u64(..files / changes);
-        fs::write(root.join(small_file(number)), text(&mut rng)).unwrap();
+        fs::write(root.join(file_name(number)), text(&mut rng, SMALL_BYTES)).unwrap();
     }
+    Amount { files: changes, bytes: changes * SMALL_BYTES }
 }
 
-fn small_file(number: u64) -> String {
+fn file_name(number: u64) -> String {
     format!("{:04}/{number:07}.narinfo", number / FILES_IN_A_DIRECTORY)
 }
 
-fn text(rng: &mut Rng) -> String {
+fn text(rng: &mut Rng, bytes: u64) -> String {
+    let bytes = usize::try_from(bytes).unwrap();
     let mut text = format!("StorePath: /gnu/store/{}-package\nReferences:", word(rng, 32));
-    while text.len() < SMALL_FILE_BYTES / 2 {
+    while text.len() < bytes / 2 {
         let _ = write!(text, " {}-dependency", word(rng, 32));
     }
-    let signature = SMALL_FILE_BYTES - text.len();
+    let signature = bytes - text.len();
     let _ = write!(text, "\nSignature: 1;{}", word(rng, signature));
-    text.truncate(SMALL_FILE_BYTES);
+    text.truncate(bytes);
     text
 }
 

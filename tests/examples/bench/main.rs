@@ -33,7 +33,7 @@ use crate::{
 const USAGE: &str = "usage: tests/bench.sh [--quick] [--rounds N] [--sets ABCD] [--rows pipe,ssh,zstd,snapferry]
   --quick    little data and one round: shows that the benchmark works, and nothing else
   --rounds   how often each row is run; the median counts (3)
-  --sets     the data sets: A nar-like, B 100,000 small files, C 1,000 small files, D an increment of a large tree
+  --sets     the data sets: A nar-like, B 100,000 small files, C as much in 1,000, D an increment of a large tree
   --rows     the ways to ferry";
 
 /// What was asked for.
@@ -131,13 +131,20 @@ impl Bench {
 
     fn many_files(&self) -> Measured {
         let files = self.options.sizes.many_files;
-        self.full(('B', "many small files"), room(files), |root| data::small_files(root, files), &self.options.rows)
+        self.full(
+            ('B', "many small files"),
+            room(files),
+            |root| data::texts(root, files, data::SMALL_BYTES),
+            &self.options.rows,
+        )
     }
 
+    /// As many bytes as the many files have: only the number of files differs, and so does the memory only if it depends on that.
     fn few_files(&self) -> Measured {
-        let files = self.options.sizes.few_files;
-        let fill = |root: &Path| data::small_files(root, files);
-        self.full(('C', "few small files, for the memory"), room(files), fill, &[Row::Snapferry])
+        let Sizes { few_files, many_files, .. } = self.options.sizes;
+        let bytes = many_files * data::SMALL_BYTES / few_files;
+        let fill = |root: &Path| data::texts(root, few_files, bytes);
+        self.full(('C', "the same in few files, for the memory"), room(many_files), fill, &[Row::Snapferry])
     }
 
     /// Measures full sends of a tree, rows in turn.
@@ -168,13 +175,13 @@ impl Bench {
     fn increments(&self) -> Measured {
         let files = self.options.sizes.tree_files;
         let place = Place::new(room(files));
-        data::small_files(&place.tree(), files);
+        data::texts(&place.tree(), files, data::SMALL_BYTES);
         place.sync();
         let pair = Pair::start(&self.programs, &place);
         progress('D', 0, Row::Snapferry, &rows::cycle(&pair));
-        let mut samples = Vec::new();
+        let (mut amount, mut samples) = (Amount::default(), Vec::new());
         for round in 1..=self.options.rounds {
-            data::change(&place.tree(), files, CHANGES, round.into());
+            amount = data::change(&place.tree(), files, CHANGES, round.into());
             let sample = rows::cycle(&pair);
             progress('D', round, Row::Snapferry, &sample);
             samples.push(sample);
@@ -183,7 +190,7 @@ impl Bench {
         Measured {
             key: 'D',
             title: format!("increments of {CHANGES} changed files in a tree of {files}"),
-            amount: Amount::small_files(CHANGES),
+            amount,
             rows: vec![(Row::Snapferry, samples)],
         }
     }
