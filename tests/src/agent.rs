@@ -113,6 +113,7 @@ impl Agent {
         let finished = wait::within(Duration::from_secs(2), || readers(&self).then_some(())).is_some();
         let stdout = self.stdout.take().filter(|_| finished).map(|reader| reader.join().unwrap()).unwrap_or_default();
         let log = self.log.clone();
+        assert_sane(&log);
         Ended { status, stdout, log }
     }
 }
@@ -125,8 +126,16 @@ impl Drop for Agent {
         }
         if std::thread::panicking() {
             eprintln!("--- what {} said:\n{}", self.child.id(), self.log.as_text());
+        } else {
+            assert_sane(&self.log);
         }
     }
+}
+
+/// Panics if the agent panicked anywhere, whatever came of it: that is always a defect.
+#[track_caller]
+fn assert_sane(log: &Log) {
+    assert!(!log.as_text().contains("panicked at"), "the agent panicked:\n{}", log.as_text());
 }
 
 impl Ended {

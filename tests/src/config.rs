@@ -1,4 +1,4 @@
-//! The agents' configuration files as tests need them. Only what a test sets is in the file: the defaults are tested, too.
+//! The agents' configuration files as tests need them. What no test changes is not in the file: the defaults are tested, too.
 
 use std::{
     fmt::Write as _,
@@ -28,6 +28,8 @@ pub struct Settings {
     pub rsync: String,
     /// How often a transfer says how far it is.
     pub progress_interval: String,
+    /// How long either side keeps a transfer alive whose connection broke.
+    pub reconnect_grace: String,
     /// `json` or `text`.
     pub format: String,
     /// Lines for the sender's table `[tls]` in place of `peers`.
@@ -45,6 +47,7 @@ impl Default for Settings {
             digest: "structure".to_owned(),
             rsync: "supervised".to_owned(),
             progress_interval: "200ms".to_owned(),
+            reconnect_grace: "5min".to_owned(),
             format: "json".to_owned(),
             sender_trusts: None,
             receiver_trusts: None,
@@ -73,7 +76,8 @@ pub struct Places {
 #[must_use]
 pub fn sender(places: &Places, settings: &Settings, receiver_fingerprint: &str) -> String {
     let mut text = head(&places.sender, "head", "sender", settings, &settings.sender_trusts, receiver_fingerprint);
-    let _ = writeln!(text, "[receiver]\naddress = \"{MIRROR_ADDRESS}:{PORT}\"\n");
+    let _ = writeln!(text, "[receiver]\naddress = \"{MIRROR_ADDRESS}:{PORT}\"");
+    let _ = writeln!(text, "reconnect_grace = {:?}\n", settings.reconnect_grace);
     let _ = writeln!(text, "[[volume]]\nname = \"{VOLUME}\"\nsource = {:?}", places.source);
     let _ = writeln!(text, "snapshot_dir = {:?}\ninterval = {:?}", places.snapshot_dir, settings.interval);
     let _ = writeln!(text, "keep = {{ last = {} }}\ndigest = {:?}", settings.sender_keeps, settings.digest);
@@ -85,7 +89,7 @@ pub fn sender(places: &Places, settings: &Settings, receiver_fingerprint: &str) 
 pub fn receiver(places: &Places, settings: &Settings, sender_fingerprint: &str) -> String {
     let trusts = &settings.receiver_trusts;
     let mut text = head(&places.receiver, "mirror", "receiver", settings, trusts, sender_fingerprint);
-    let _ = writeln!(text, "[listen]\naddress = \"[::]:{PORT}\"\n");
+    let _ = writeln!(text, "[listen]\naddress = \"[::]:{PORT}\"\nreconnect_grace = {:?}\n", settings.reconnect_grace);
     let _ = writeln!(text, "[[volume]]\nname = \"{VOLUME}\"\nstore = {:?}", places.store);
     let _ = writeln!(text, "publish = {:?}\nkeep = {{ last = {} }}\n", places.publish, settings.receiver_keeps);
     let _ = writeln!(text, "[rsync]\nmode = {:?}", settings.rsync);

@@ -131,10 +131,11 @@ impl Pair {
         receiver
     }
 
-    /// One cycle that succeeds; what the sender said of it.
+    /// One cycle that succeeds; what the sender said of it. (Of the last one, if it had an unfinished transfer to finish first.)
     #[track_caller]
     pub fn ferry(&self) -> Event {
-        self.run_once().expect(0).log.only("cycle finished")
+        let ended = self.run_once().expect(0);
+        ended.log.all("cycle finished").pop().unwrap_or_else(|| panic!("no cycle finished:\n{}", ended.log.as_text()))
     }
 
     /// One cycle, however it ends.
