@@ -49,7 +49,7 @@ pub async fn plan(config: &Config) -> Result<(), ShowError> {
 /// Prints our snapshots and which of them the receiver has.
 ///
 /// # Errors
-/// As [`plan`].
+/// As [`plan()`].
 pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
     for volume in setup::volumes(config)? {
         println!("volume {}", volume.config.name);

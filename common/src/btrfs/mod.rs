@@ -1,7 +1,7 @@
 //! btrfs as the agents need it: subvolumes, snapshots, sends, commits, space. Safe calls over the ioctls in `raw`.
 //!
 //! The ioctls are called directly, not through the `btrfs` program: no text to parse, an errno for every failure, and a send that
-//! a signal cannot repeat (see [`send`]). The one thing left to the program is `receive`.
+//! a signal cannot repeat (see [`send()`]). The one thing left to the program is `receive`.
 
 mod find;
 mod raw;
