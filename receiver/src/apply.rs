@@ -265,7 +265,10 @@ impl Application {
         self.stopper.stop();
         let (nowhere, _) = mpsc::channel(1);
         self.feed = nowhere;
-        let _ = (&mut self.result).await;
+        // Whoever has the result already must not ask for it again.
+        if !self.result.is_terminated() {
+            let _ = (&mut self.result).await;
+        }
     }
 }
 

@@ -102,10 +102,14 @@ impl Site {
     }
 
     /// Takes a read-only snapshot, named by the time `now` or by the next second whose name is free. It is on disk on return.
+    ///
+    /// Free means: behind the newest one's, too. The name of a pruned snapshot may be in use at the receiver still.
     pub fn create(&self, volume: &VolumeName, now: Timestamp) -> Result<Found, CreateError> {
-        let first = SnapshotName::new(volume.clone(), now);
+        let snapshots = btrfs::snapshots(&self.dir, volume)?;
+        let begin = first_free(snapshots.first().map(|newest| &newest.snapshot.name), now);
+        let first = SnapshotName::new(volume.clone(), begin);
         for ahead in 0..=MAX_SECONDS_AHEAD {
-            let taken = now.saturating_add(SignedDuration::from_secs(ahead)).unwrap_or(Timestamp::MAX);
+            let taken = begin.saturating_add(SignedDuration::from_secs(ahead)).unwrap_or(Timestamp::MAX);
             let name = SnapshotName::new(volume.clone(), taken);
             let path = self.dir.join(name.to_string());
             match btrfs::snapshot(&self.source, &path, Access::ReadOnly) {
@@ -121,15 +125,29 @@ impl Site {
     }
 }
 
+/// The first second whose name may be free: now, or the one behind the newest if that is a little ahead of the clock. Pure.
+fn first_free(newest: Option<&SnapshotName>, now: Timestamp) -> Timestamp {
+    let Some(newest) = newest else { return now };
+    let ahead = newest.taken().duration_since(now).as_secs();
+    let next = newest.taken().saturating_add(SignedDuration::from_secs(1)).unwrap_or(Timestamp::MAX);
+    if ahead <= MAX_SECONDS_AHEAD { next.max(now) } else { now }
+}
+
 /// How long until the next snapshot is due; zero if it is now. Pure.
 ///
-/// None so far, or a newest one from the future (the clock was set back): due now, for waiting could take years.
+/// None so far, or a newest one from the far future (the clock was set back): due now, for waiting could take years. One that is
+/// a little ahead of the clock is named so because others were taken just before it.
 pub fn due_in(newest: Option<&SnapshotName>, now: Timestamp, interval: Duration) -> Duration {
     let Some(newest) = newest else { return Duration::ZERO };
-    // Negative, and so no Duration, if the newest is from the future.
-    match Duration::try_from(now.duration_since(newest.taken())) {
-        Ok(age) => interval.saturating_sub(age),
-        Err(_) => Duration::ZERO,
+    // Negative if the newest is from the future.
+    let age = now.duration_since(newest.taken());
+    if age.as_secs() < -MAX_SECONDS_AHEAD {
+        return Duration::ZERO;
+    }
+    if age.is_negative() {
+        interval.saturating_add(age.unsigned_abs())
+    } else {
+        interval.saturating_sub(age.unsigned_abs())
     }
 }
 
@@ -173,6 +191,24 @@ mod tests {
     }
 
     #[test]
+    fn the_name_of_a_pruned_snapshot_is_not_used_again() {
+        let fs = TestFs::new(SMALL);
+        let source = fs.subvolume("source");
+        let dir = fs.path().join("snapshots");
+        fs::create_dir(&dir).unwrap();
+        let site = Site::open(&source, &dir).unwrap();
+        for _ in 0..3 {
+            site.create(&volume(), at(0)).unwrap();
+        }
+        btrfs::delete(&dir.join("v.20261122T070000Z")).unwrap();
+        let next = site.create(&volume(), at(0)).unwrap();
+        assert_eq!(next.snapshot.name.to_string(), "v.20261122T070003Z");
+        // A clock that was hours ahead is not followed for ever.
+        assert_eq!(first_free(Some(&next.snapshot.name), at(-10_000)), at(-10_000));
+        assert_eq!(first_free(Some(&next.snapshot.name), at(100)), at(100));
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_with_the_next_step() {
         let (fs, other) = (TestFs::new(SMALL), TestFs::new(SMALL));
         let source = fs.subvolume("source");
@@ -206,6 +242,7 @@ mod tests {
         assert_eq!(due_in(Some(&newest), at(3599), hour), Duration::from_secs(1));
         assert_eq!(due_in(Some(&newest), at(3600), hour), Duration::ZERO);
         assert_eq!(due_in(Some(&newest), at(1_000_000), hour), Duration::ZERO);
-        assert_eq!(due_in(Some(&newest), at(-1), hour), Duration::ZERO);
+        assert_eq!(due_in(Some(&newest), at(-1), hour), hour + Duration::from_secs(1));
+        assert_eq!(due_in(Some(&newest), at(-3601), hour), Duration::ZERO);
     }
 }

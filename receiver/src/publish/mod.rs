@@ -197,6 +197,9 @@ impl Publisher {
         self.state.published = Some(snapshot.clone());
         self.state.intent = None;
         let former = live.as_ref().and_then(Occupant::as_snapshot).cloned();
+        if let Some(former) = &former {
+            tracing::info!(volume = %self.volume(), snapshot = %former, generation = number, "retiring");
+        }
         if matches!(live, Some(Occupant::Snapshot(_) | Occupant::Spoiled(_))) {
             self.state.retiring.push(Retiring { generation: number, snapshot: former, since: Timestamp::now() });
         }
