@@ -406,7 +406,8 @@ async fn watch_over(host: Arc<Host>, volume: Arc<Volume>, serial: u64, finished:
         () = sleep(host.reconnect_grace) => {}
         () = host.shutdown.cancelled() => {}
     }
-    let Some(mut parked) = volume.unpark(serial).await else { return };
+    // The turn is kept until nothing of the transfer is left but its checkpoint, or its snapshot is published.
+    let Some((_turn, mut parked)) = volume.unpark(serial).await else { return };
     let (name, snapshot) = (volume.config.name.clone(), parked.offer.snapshot.clone());
     if !finished.is_cancelled() {
         let seconds = host.reconnect_grace.as_secs_f64();

@@ -38,10 +38,13 @@ pub struct Volume {
     mount_point: PathBuf,
     under_way: Arc<tokio::sync::Mutex<Option<Parked>>>,
     cancel_under_way: Mutex<CancellationToken>,
-    /// Of the offer that was admitted last: not to be pruned under its transfer.
-    base_in_use: Mutex<Option<SnapshotId>>,
+    current: Current,
     _lock: Lock,
 }
+
+/// What is on its way, from its admission until its turn ends with nothing parked. Its base must not be pruned, and a sender that
+/// asks meanwhile must hear of it, whether the death of its older connection was noticed already or not.
+type Current = Arc<Mutex<Option<Unfinished>>>;
 
 /// The right to transfer into a volume, and the token that takes it away.
 pub struct Turn {
@@ -49,6 +52,15 @@ pub struct Turn {
     pub parked: OwnedMutexGuard<Option<Parked>>,
     /// Cancelled when a newer connection takes the turn.
     pub taken_over: CancellationToken,
+    current: Current,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if self.parked.is_none() {
+            *lock(&self.current) = None;
+        }
+    }
 }
 
 /// A transfer without a connection: everything else of it is alive.
@@ -126,7 +138,7 @@ impl Volume {
             mount_point,
             under_way: Arc::default(),
             cancel_under_way: Mutex::default(),
-            base_in_use: Mutex::default(),
+            current: Current::default(),
             _lock: lock,
         };
         volume.catch_up()?;
@@ -159,13 +171,9 @@ impl Volume {
 
     /// The transfer that can go on: one that is under way or waits for its sender makes checkpoints too, or soon will.
     fn unfinished(&self) -> Option<Unfinished> {
-        if let Ok(turn) = self.under_way.try_lock()
-            && let Some(parked) = &*turn
-        {
-            let Offer { snapshot, base, .. } = parked.offer.clone();
-            return Some(Unfinished { snapshot, base });
-        }
-        Checkpoint::load(&self.store).map(|Checkpoint { snapshot, base, .. }| Unfinished { snapshot, base })
+        let kept =
+            || Checkpoint::load(&self.store).map(|Checkpoint { snapshot, base, .. }| Unfinished { snapshot, base });
+        lock(&self.current).clone().or_else(kept)
     }
 
     /// Takes the turn to transfer. A transfer under way is ended: its sender has a new connection, or it would not offer again.
@@ -175,7 +183,7 @@ impl Volume {
         let before = std::mem::replace(&mut *lock(&self.cancel_under_way), taken_over.clone());
         before.cancel();
         match timeout(MAX_TAKE_OVER, Arc::clone(&self.under_way).lock_owned()).await {
-            Ok(parked) => Ok(Turn { parked, taken_over }),
+            Ok(parked) => Ok(Turn { parked, taken_over, current: Arc::clone(&self.current) }),
             Err(_) => Err(Refused {
                 why: Refusal::Busy,
                 detail: format!(
@@ -228,7 +236,8 @@ impl Volume {
                 detail: format!("the base {base} is not in {}", self.store.dir().display()),
             });
         }
-        *lock(&self.base_in_use) = offer.base.as_ref().map(|base| base.id);
+        let Offer { snapshot, base, .. } = offer.clone();
+        *lock(&self.current) = Some(Unfinished { snapshot, base });
         Ok(Admitted::Order(Box::new(Order {
             volume: self.config.name.clone(),
             offer: offer.clone(),
@@ -254,10 +263,12 @@ impl Volume {
         *turn.parked = Some(parked);
     }
 
-    /// What is parked, if it still is the parking of that number.
-    pub async fn unpark(&self, serial: u64) -> Option<Parked> {
-        let mut turn = self.under_way.lock().await;
-        turn.take_if(|parked| parked.serial == serial)
+    /// What is parked, if it still is the parking of that number, with the turn that it was parked in.
+    pub async fn unpark(&self, serial: u64) -> Option<(Turn, Parked)> {
+        let mut guard = Arc::clone(&self.under_way).lock_owned().await;
+        let parked = guard.take_if(|parked| parked.serial == serial)?;
+        let taken_over = lock(&self.cancel_under_way).clone();
+        Some((Turn { parked: guard, taken_over, current: Arc::clone(&self.current) }, parked))
     }
 
     /// Ends what is parked, down to its checkpoint: for the shutdown.
@@ -299,7 +310,6 @@ impl Volume {
         let retiring = publisher.retiring().iter().filter_map(|retiring| retiring.snapshot.as_ref());
         let retiring = retiring.map(|snapshot| (snapshot.id, Reason::Retiring));
         let base = self.unfinished().and_then(|unfinished| unfinished.base).map(|base| (base.id, Reason::Unfinished));
-        let base = base.into_iter().chain(lock(&self.base_in_use).map(|id| (id, Reason::Base)));
         let kept: Vec<(SnapshotId, Reason)> = published.into_iter().chain(retiring).chain(base).collect();
         retention::plan(snapshots, &self.config.keep, &kept)
     }
