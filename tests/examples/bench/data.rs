@@ -1,6 +1,10 @@
 //! The data sets. The same sizes give the same bytes.
 
-use std::{fmt::Write as _, fs, path::Path};
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use fastrand::Rng;
 use snapferry_tests::nar;
@@ -41,14 +45,24 @@ pub fn texts(root: &Path, files: u64, bytes: u64) -> Amount {
     Amount { files, bytes: files * bytes }
 }
 
-/// Gives `changes` of the small texts, spread over the tree, new content. Each round changes others.
-pub fn change(root: &Path, files: u64, changes: u64, round: u64) -> Amount {
+/// Gives `changes` of the small texts, spread over the tree, new content, and returns which. Each round changes others.
+pub fn change(root: &Path, files: u64, changes: u64, round: u64) -> Vec<String> {
     let mut rng = Rng::with_seed(SEED + round);
-    for index in 0..changes {
-        let number = index * files / changes + rng.u64(..files / changes);
-        fs::write(root.join(file_name(number)), text(&mut rng, SMALL_BYTES)).unwrap();
+    let mut number = |index| index * files / changes + rng.u64(..files / changes);
+    let changed: Vec<String> = (0..changes).map(|index| file_name(number(index))).collect();
+    for file in &changed {
+        fs::write(root.join(file), text(&mut rng, SMALL_BYTES)).unwrap();
     }
-    Amount { files: changes, bytes: changes * SMALL_BYTES }
+    changed
+}
+
+/// Any file of a tree, by its path there.
+pub fn a_file(root: &Path) -> PathBuf {
+    let mut path = root.to_owned();
+    while path.is_dir() {
+        path = fs::read_dir(&path).unwrap().next().unwrap().unwrap().path();
+    }
+    path.strip_prefix(root).unwrap().to_owned()
 }
 
 fn file_name(number: u64) -> String {

@@ -63,8 +63,7 @@ fn main() -> ExitCode {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
-    // The agents lie where cargo has put them: beside the directory of the examples.
-    let programs = env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned();
+    let programs = env::var_os("SNAPFERRY_PROGRAMS").expect("SNAPFERRY_PROGRAMS says where the agents are").into();
     let bench = Bench { options, programs, sshd: Sshd::start(&env::temp_dir().join("ssh")) };
     println!("{}", machine());
     let mut sets = Vec::new();
@@ -179,10 +178,11 @@ impl Bench {
         place.sync();
         let pair = Pair::start(&self.programs, &place);
         progress('D', 0, Row::Snapferry, &rows::cycle(&pair));
-        let (mut amount, mut samples) = (Amount::default(), Vec::new());
+        let mut samples = Vec::new();
         for round in 1..=self.options.rounds {
-            amount = data::change(&place.tree(), files, CHANGES, round.into());
+            let changed = data::change(&place.tree(), files, CHANGES, round.into());
             let sample = rows::cycle(&pair);
+            pair.assert_published(&place.tree(), &changed);
             progress('D', round, Row::Snapferry, &sample);
             samples.push(sample);
         }
@@ -190,7 +190,7 @@ impl Bench {
         Measured {
             key: 'D',
             title: format!("increments of {CHANGES} changed files in a tree of {files}"),
-            amount,
+            amount: Amount { files: CHANGES, bytes: CHANGES * data::SMALL_BYTES },
             rows: vec![(Row::Snapferry, samples)],
         }
     }

@@ -54,11 +54,13 @@ impl Pair {
         Pipeline::spawn(vec![sender]).finish()[0]
     }
 
-    /// Panics unless there is something to see where clients look.
-    pub fn assert_published(&self) {
+    /// Panics unless these files of the tree are the same where clients look.
+    pub fn assert_published(&self, tree: &Path, files: &[impl AsRef<Path>]) {
         let live = self.publish.join("live/tree");
-        let entries = fs::read_dir(&live).map(Iterator::count);
-        assert!(entries.is_ok_and(|count| count > 0), "nothing is published at {}", live.display());
+        for file in files {
+            let (ours, theirs) = (fs::read(tree.join(file)).unwrap(), fs::read(live.join(file)).unwrap());
+            assert!(ours == theirs, "{} is not what was sent", live.join(file).display());
+        }
     }
 
     /// The receiving agent, for its costs.

@@ -13,6 +13,7 @@ use snapferry_tests::btrfs;
 
 use crate::{
     child::{Cost, Pipeline},
+    data,
     pair::Pair,
     place::Place,
     ssh::Sshd,
@@ -120,6 +121,7 @@ fn through_ssh(place: &Place, sshd: &Sshd, mut stages: Vec<Command>) -> Sample {
 fn snapferry(place: &Place, programs: &Path) -> Sample {
     let pair = Pair::start(programs, place);
     let sample = cycle(&pair);
+    pair.assert_published(&place.tree(), &[data::a_file(&place.tree())]);
     pair.stop();
     sample
 }
@@ -130,7 +132,6 @@ pub fn cycle(pair: &Pair) -> Sample {
     let started = Instant::now();
     let Cost { cpu, peak } = pair.cycle();
     let elapsed = started.elapsed();
-    pair.assert_published();
     Sample {
         elapsed,
         sending: cpu,
