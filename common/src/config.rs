@@ -291,31 +291,63 @@ impl RawLog {
     }
 }
 
-/// `keep = { last = 3 }`
-#[derive(Debug, Clone, Copy, Deserialize)]
+/// `keep = { last = 3, daily = 7, within = "2d" }`
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table as in keep = { last = 3 }")]
 pub struct RawKeep {
-    last: Last,
+    last: Option<Count>,
+    hourly: Option<Count>,
+    daily: Option<Count>,
+    weekly: Option<Count>,
+    monthly: Option<Count>,
+    yearly: Option<Count>,
+    within: Option<Spanned<Span>>,
 }
 
-/// How many snapshots stay: at least 1, for the newest always stays.
+/// How many snapshots a rule keeps: at least 1. A rule that keeps none is not there.
 #[derive(Debug, Clone, Copy)]
-struct Last(NonZeroU32);
+struct Count(NonZeroU32);
 
-impl<'de> Deserialize<'de> for Last {
+impl<'de> Deserialize<'de> for Count {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let number = i64::deserialize(deserializer)?;
         let legal = u32::try_from(number).ok().and_then(NonZeroU32::new);
         legal.map(Self).ok_or_else(|| {
-            de::Error::custom(format_args!("last is 1 to {}, not {number}: the newest snapshot always stays", u32::MAX))
+            de::Error::custom(format_args!(
+                "a rule keeps 1 to {} snapshots, not {number}; leave it out to do without it (the newest snapshot always stays)",
+                u32::MAX
+            ))
         })
     }
 }
 
 impl RawKeep {
     /// The policy; the default if none is given.
-    pub fn policy(keep: Option<Self>) -> Policy {
-        keep.map_or_else(Policy::default, |keep| Policy { last: keep.last.0 })
+    ///
+    /// # Errors
+    /// No rule at all, or one that keeps nothing.
+    pub fn judge(keep: Option<Spanned<Self>>) -> Result<Policy, Wrong> {
+        let Some(keep) = keep else { return Ok(Policy::default()) };
+        let raw = keep.get_ref();
+        let count = |count: Option<Count>| count.map(|Count(count)| count);
+        let least = Duration::from_secs(1);
+        let within = raw.within.clone().map(|within| at_least(Some(within), least, least, "within")).transpose()?;
+        let policy = Policy {
+            last: count(raw.last),
+            hourly: count(raw.hourly),
+            daily: count(raw.daily),
+            weekly: count(raw.weekly),
+            monthly: count(raw.monthly),
+            yearly: count(raw.yearly),
+            within,
+        };
+        if policy == Policy::NONE {
+            return Err(Wrong::at(
+                &keep,
+                "keep has at least one of the rules last, hourly, daily, weekly, monthly, yearly, within",
+            ));
+        }
+        Ok(policy)
     }
 }
 
@@ -406,4 +438,33 @@ pub fn all_different<'a, T: PartialEq + fmt::Display + 'a>(
         seen.push(name.get_ref());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_rule_of_keep_is_understood() {
+        #[derive(Deserialize)]
+        struct Sample {
+            keep: Option<Spanned<RawKeep>>,
+        }
+        let policy = |text: &str| RawKeep::judge(toml::from_str::<Sample>(text).unwrap().keep).unwrap();
+        let all =
+            r#"keep = { last = 1, hourly = 2, daily = 3, weekly = 4, monthly = 5, yearly = 6, within = "1d12h" }"#;
+        let expected = Policy {
+            last: NonZeroU32::new(1),
+            hourly: NonZeroU32::new(2),
+            daily: NonZeroU32::new(3),
+            weekly: NonZeroU32::new(4),
+            monthly: NonZeroU32::new(5),
+            yearly: NonZeroU32::new(6),
+            within: Some(Duration::from_secs(36 * 3600)),
+        };
+        assert_eq!(policy(all), expected);
+        assert_eq!(policy(""), Policy::default());
+        let daily = Policy { daily: NonZeroU32::new(7), ..Policy::NONE };
+        assert_eq!(policy("keep = { daily = 7 }"), daily, "a rule that is not there keeps nothing");
+    }
 }

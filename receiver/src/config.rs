@@ -124,7 +124,7 @@ struct RawVolume {
     name: Spanned<VolumeName>,
     store: RawPath,
     publish: Spanned<RawPath>,
-    keep: Option<RawKeep>,
+    keep: Option<Spanned<RawKeep>>,
     checkpoint: Option<Spanned<ByteSize>>,
     checkpoint_interval: Option<Spanned<Span>>,
 }
@@ -222,7 +222,7 @@ impl RawVolume {
             name: self.name.into_inner(),
             store: source.resolve(&self.store),
             publish: source.resolve(self.publish.get_ref()),
-            keep: RawKeep::policy(self.keep),
+            keep: RawKeep::judge(self.keep)?,
             checkpoint: at_least_bytes(self.checkpoint, LEAST_CHECKPOINT, DEFAULT_CHECKPOINT, "checkpoint")?,
             checkpoint_interval: at_least(self.checkpoint_interval, time.0, time.1, "checkpoint_interval")?,
         })

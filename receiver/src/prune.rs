@@ -44,6 +44,7 @@ mod tests {
         snapshot::SnapshotId,
         testing::{SMALL, TestFs, run},
     };
+    use jiff::Timestamp;
     use uuid::Uuid;
 
     use super::*;
@@ -61,8 +62,8 @@ mod tests {
             mark_received(&Subvolume::open(&path).unwrap(), id).unwrap();
         }
         let all: Vec<Snapshot> = store.snapshots().unwrap().into_iter().map(|found| found.snapshot).collect();
-        let policy = Policy { last: NonZeroU32::MIN };
-        let mut plan = retention::plan(&all, &policy, &[(all[2].id, Reason::Published)]);
+        let policy = Policy::last(NonZeroU32::MIN);
+        let mut plan = retention::plan(&all, &policy, Timestamp::UNIX_EPOCH, &[(all[2].id, Reason::Published)]);
         assert_eq!(plan.delete.len(), 4);
         // The oldest: mounted. The next: not what the plan means any more. One that is not there at all.
         let at = fs.path().join("at");

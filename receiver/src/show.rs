@@ -4,6 +4,7 @@ use common::{
     retention::{self, Reason},
     snapshot::{Snapshot, SnapshotId},
 };
+use jiff::Timestamp;
 
 use crate::{
     config::{Config, Volume},
@@ -56,7 +57,7 @@ pub fn retention(config: &Config) -> Result<(), ShowError> {
         println!("volume {}", volume.name);
         let store = Store::open(&volume.store, volume.name.clone())?;
         let snapshots: Vec<Snapshot> = store.snapshots()?.into_iter().map(|found| found.snapshot).collect();
-        let plan = retention::plan(&snapshots, &volume.keep, &states(volume, config)?);
+        let plan = retention::plan(&snapshots, &volume.keep, Timestamp::now(), &states(volume, config)?);
         for (snapshot, reasons) in &plan.keep {
             let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
             println!("  keep    {:<40} {}", snapshot.to_string(), reasons.join(", "));

@@ -13,6 +13,7 @@ use common::{
     snapshot::{Snapshot, SnapshotId},
     wire::message::{Inventory, Offer, Refusal, Unfinished},
 };
+use jiff::Timestamp;
 use tokio::{sync::OwnedMutexGuard, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -298,20 +299,21 @@ impl Volume {
     pub fn tidy(&self) -> Result<(), StoreError> {
         self.publisher().retire();
         let found = self.store.snapshots()?;
-        let plan = self.retention(&found.iter().map(|found| found.snapshot.clone()).collect::<Vec<_>>());
+        let snapshots: Vec<Snapshot> = found.into_iter().map(|found| found.snapshot).collect();
+        let plan = self.retention(&snapshots, Timestamp::now());
         prune::execute(&self.store, &plan)?;
         Ok(())
     }
 
-    /// What retention says of `snapshots`: never the published one, a retiring one, or the newest, which is the sender's base.
-    pub fn retention(&self, snapshots: &[Snapshot]) -> retention::Plan {
+    /// What retention says of `snapshots` at `now`: never the published one, a retiring one, or the newest, which is the sender's base.
+    pub fn retention(&self, snapshots: &[Snapshot], now: Timestamp) -> retention::Plan {
         let publisher = self.publisher();
         let published = publisher.published().map(|snapshot| (snapshot.id, Reason::Published));
         let retiring = publisher.retiring().iter().filter_map(|retiring| retiring.snapshot.as_ref());
         let retiring = retiring.map(|snapshot| (snapshot.id, Reason::Retiring));
         let base = self.unfinished().and_then(|unfinished| unfinished.base).map(|base| (base.id, Reason::Unfinished));
         let kept: Vec<(SnapshotId, Reason)> = published.into_iter().chain(retiring).chain(base).collect();
-        retention::plan(snapshots, &self.config.keep, &kept)
+        retention::plan(snapshots, &self.config.keep, now, &kept)
     }
 
     /// The publisher; whoever panicked with it in hand left it at a numbered step, which is as good as a crash there.

@@ -118,7 +118,7 @@ struct RawVolume {
     source: RawPath,
     snapshot_dir: Spanned<RawPath>,
     interval: Option<Spanned<Span>>,
-    keep: Option<RawKeep>,
+    keep: Option<Spanned<RawKeep>>,
     #[serde(default)]
     digest: DigestScope,
     #[serde(default)]
@@ -190,7 +190,7 @@ impl RawVolume {
             source: from,
             snapshot_dir: into,
             interval: at_least(self.interval, Duration::from_secs(1), Duration::from_secs(3600), "interval")?,
-            keep: RawKeep::policy(self.keep),
+            keep: RawKeep::judge(self.keep)?,
             digest: self.digest,
             compression: self.compression,
             every_snapshot: self.every_snapshot,

@@ -14,6 +14,7 @@ use common::{
     stream::Total,
     wire::message::{Inventory, Offer, Stage, Unfinished},
 };
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::mpsc, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
@@ -138,7 +139,7 @@ impl Volume {
         let (source, dir, name) =
             (self.config.source.clone(), self.config.snapshot_dir.clone(), self.config.name.clone());
         let started = Instant::now();
-        let taken = blocking(move || Site::open(&source, &dir)?.create(&name, jiff::Timestamp::now())).await??;
+        let taken = blocking(move || Site::open(&source, &dir)?.create(&name, Timestamp::now())).await??;
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(volume = %self.config.name, snapshot = %taken.snapshot, seconds, "snapshot taken");
         Ok(())
@@ -304,17 +305,17 @@ impl Volume {
     /// What cannot be read; a snapshot that cannot be deleted is logged and tried again after the next cycle.
     pub async fn prune(&self) -> Result<(), CycleError> {
         let found = self.snapshots()?;
-        let plan = self.retention(&found)?;
+        let plan = self.retention(&found, Timestamp::now())?;
         let (dir, name) = (self.config.snapshot_dir.clone(), self.config.name.clone());
         blocking(move || prune::execute(&dir, &name, &plan)).await??;
         Ok(())
     }
 
-    /// What retention says of `found`.
+    /// What retention says of `found` at `now`.
     ///
     /// # Errors
     /// The state file cannot be read: then nothing may be deleted.
-    pub fn retention(&self, found: &[Found]) -> Result<retention::Plan, CycleError> {
+    pub fn retention(&self, found: &[Found], now: Timestamp) -> Result<retention::Plan, CycleError> {
         let state: State = durable::load(&self.state_file)?.unwrap_or_default();
         let confirmed = state.confirmed.iter().map(|confirmed| (confirmed.id, Reason::Base));
         let unfinished = state.unfinished.iter().flat_map(|Unfinished { snapshot, base }| {
@@ -322,7 +323,7 @@ impl Volume {
         });
         let base: Vec<(SnapshotId, Reason)> = confirmed.chain(unfinished).collect();
         let snapshots: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
-        Ok(retention::plan(&snapshots, &self.config.keep, &base))
+        Ok(retention::plan(&snapshots, &self.config.keep, now, &base))
     }
 }
 

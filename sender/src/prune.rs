@@ -67,7 +67,8 @@ mod tests {
         (0..5).for_each(|_| drop(site.create(&volume, Timestamp::from_second(1_795_330_800).unwrap()).unwrap()));
         let found = btrfs::snapshots(&dir, &volume).unwrap();
         let all: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
-        let plan = retention::plan(&all, &Policy { last: NonZeroU32::MIN }, &[(all[1].id, Reason::Base)]);
+        let plan =
+            retention::plan(&all, &Policy::last(NonZeroU32::MIN), Timestamp::UNIX_EPOCH, &[(all[1].id, Reason::Base)]);
         assert_eq!(plan.delete.len(), 3);
 
         let mut stream = Source::open(&found[4], None).unwrap().stream(2).unwrap();

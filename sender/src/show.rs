@@ -41,7 +41,7 @@ pub async fn plan(config: &Config) -> Result<(), ShowError> {
         let found = volume.snapshots()?;
         say_snapshot(&volume, &found);
         say_transfer(&volume, &found, &inventory).await?;
-        say_pruning(&volume.retention(&found)?);
+        say_pruning(&volume.retention(&found, Timestamp::now())?);
     }
     Ok(())
 }
@@ -55,7 +55,7 @@ pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
         println!("volume {}", volume.config.name);
         let inventory = inventory(&volume).await?;
         let found = volume.snapshots()?;
-        let kept = volume.retention(&found)?.keep;
+        let kept = volume.retention(&found, Timestamp::now())?.keep;
         for found in &found {
             let there = receiver_has(&inventory, &found.snapshot);
             let why = kept.iter().find(|(kept, _)| *kept == found.snapshot).map_or(String::new(), |(_, reasons)| {
