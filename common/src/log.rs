@@ -145,7 +145,7 @@ fn text(time: jiff::Timestamp, level: Level, fields: &Fields, colours: bool) -> 
 /// The value of a known field in the unit that people think in; any other as it is.
 fn readable(line: &mut String, name: &str, value: &Value) {
     let known = match (name, value.as_f64()) {
-        ("bytes" | "total" | "sent" | "received" | "applied" | "durable" | "need" | "have", _) => {
+        ("bytes" | "total" | "sent" | "received" | "applied" | "durable" | "need" | "have" | "free", _) => {
             value.as_u64().map(human_bytes)
         }
         ("rate" | "average_rate", Some(rate)) => Some(human_rate(rate)),

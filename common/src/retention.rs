@@ -112,6 +112,8 @@ pub enum Reason {
     Retiring,
     /// A transfer of it is under way, or was interrupted and will go on.
     Unfinished,
+    /// It waits for its transfer: the operator wants every snapshot sent.
+    Unsent,
     /// An operator said never to delete it, and perhaps why.
     Held {
         /// The operator's words; may be empty.
@@ -138,6 +140,7 @@ impl fmt::Display for Reason {
             Self::Published => f.write_str("published"),
             Self::Retiring => f.write_str("retiring: has clients"),
             Self::Unfinished => f.write_str("transfer unfinished"),
+            Self::Unsent => f.write_str("not sent yet"),
             Self::Held { why } if why.is_empty() => f.write_str("held"),
             Self::Held { why } => write!(f, "held: {why}"),
         }

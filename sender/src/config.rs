@@ -1,6 +1,7 @@
 //! sender.toml: raw as it stands in the file, then legal by construction.
 
 use std::{
+    num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -23,6 +24,10 @@ const STATE_DIR: &str = "/var/lib/snapferry-sender";
 /// Enough for a few blocks.
 const LEAST_WINDOW: u64 = 4 << 20;
 const DEFAULT_WINDOW: u64 = 64 << 20;
+
+/// Four days at the default interval: more than any usual `keep` holds, so that it bites only where nothing else would. Without any
+/// bound a receiver that is away for weeks would fill the head node; and btrfs gets slow with hundreds of snapshots of one source.
+const DEFAULT_MAX_UNSENT: NonZeroU32 = NonZeroU32::new(100).expect("it is not 0");
 
 /// sender.toml
 #[derive(Debug, Clone)]
@@ -65,6 +70,8 @@ pub struct Volume {
     pub interval: Duration,
     /// Which snapshots stay here.
     pub keep: Policy,
+    /// The most that stay while the receiver does not take them: the oldest of them go first.
+    pub max_unsent: NonZeroU32,
     /// What the stream digest covers.
     pub digest: DigestScope,
     /// Whether blocks that shrink are compressed.
@@ -119,6 +126,7 @@ struct RawVolume {
     snapshot_dir: Spanned<RawPath>,
     interval: Option<Spanned<Span>>,
     keep: Option<Spanned<RawKeep>>,
+    max_unsent: Option<Spanned<i64>>,
     #[serde(default)]
     digest: DigestScope,
     #[serde(default)]
@@ -191,11 +199,22 @@ impl RawVolume {
             snapshot_dir: into,
             interval: at_least(self.interval, Duration::from_secs(1), Duration::from_secs(3600), "interval")?,
             keep: RawKeep::judge(self.keep)?,
+            max_unsent: max_unsent(self.max_unsent)?,
             digest: self.digest,
             compression: self.compression,
             every_snapshot: self.every_snapshot,
         })
     }
+}
+
+/// # Errors
+/// Not a number of snapshots.
+fn max_unsent(value: Option<Spanned<i64>>) -> Result<NonZeroU32, Wrong> {
+    let Some(value) = value else { return Ok(DEFAULT_MAX_UNSENT) };
+    u32::try_from(*value.get_ref()).ok().and_then(NonZeroU32::new).ok_or_else(|| {
+        let what = format_args!("max_unsent is 1 to {}: the newest snapshot always stays", u32::MAX);
+        Wrong::at(&value, what)
+    })
 }
 
 #[cfg(test)]

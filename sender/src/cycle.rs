@@ -2,6 +2,7 @@
 
 use std::{
     path::PathBuf,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -29,6 +30,7 @@ use crate::{
     push::{Outcome, PushError, Transfer},
     report::Reporter,
     send::{SendError, Source, TotalPass},
+    unsent,
 };
 
 /// An increment's total is usually known within this time; then the offer carries it. Else it follows.
@@ -47,6 +49,21 @@ pub struct Volume {
     pub state_file: PathBuf,
     /// How often a running transfer reports.
     pub progress_interval: Duration,
+    /// The newest snapshot when the log said last that snapshots wait for the receiver.
+    pub warned_of: Mutex<Option<SnapshotId>>,
+}
+
+/// Snapshots that wait for the receiver, and what is known of what they cost without hours of counting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// So many.
+    pub count: usize,
+    /// What the receiver is known to have: nothing that was deleted from the source since then is freed.
+    pub base: Option<Snapshot>,
+    /// How old it is; without one, the oldest of those that wait.
+    pub age: Duration,
+    /// What the file system of the source has free, in bytes.
+    pub free: u64,
 }
 
 /// What survives a restart: needed only to keep pruning safe while the receiver cannot be asked.
@@ -304,11 +321,58 @@ impl Volume {
     /// # Errors
     /// What cannot be read; a snapshot that cannot be deleted is logged and tried again after the next cycle.
     pub async fn prune(&self) -> Result<(), CycleError> {
-        let found = self.snapshots()?;
-        let plan = self.retention(&found, Timestamp::now())?;
+        let (found, now) = (self.snapshots()?, Timestamp::now());
+        self.warn_of_waiting(&found, now)?;
+        let plan = self.retention(&found, now)?;
         let (dir, name) = (self.config.snapshot_dir.clone(), self.config.name.clone());
         blocking(move || prune::execute(&dir, &name, &plan)).await??;
         Ok(())
+    }
+
+    /// A warning for each new snapshot, once more than one waits for the receiver.
+    fn warn_of_waiting(&self, found: &[Found], now: Timestamp) -> Result<(), CycleError> {
+        let waiting = self.waiting(found, self.confirmed()?, now)?;
+        let Some(Waiting { count, base, age, free }) = waiting.filter(|waiting| waiting.count > 1) else {
+            return Ok(());
+        };
+        let newest = found.first().map(|found| found.snapshot.id);
+        let before = std::mem::replace(&mut *self.warned_of.lock().unwrap_or_else(PoisonError::into_inner), newest);
+        if before != newest {
+            tracing::warn!(
+                volume = %self.config.name, unsent = count, max_unsent = self.config.max_unsent,
+                base = base.map_or("none".to_owned(), |base| base.to_string()), seconds = age.as_secs_f64(), free,
+                "snapshots wait for the receiver; what was deleted from the source since the base stays on disk"
+            );
+        }
+        Ok(())
+    }
+
+    /// The newest snapshot that the receiver is known to have.
+    ///
+    /// # Errors
+    /// The state file cannot be read.
+    pub fn confirmed(&self) -> Result<Option<Snapshot>, CycleError> {
+        Ok(durable::load::<State>(&self.state_file)?.and_then(|state| state.confirmed))
+    }
+
+    /// The snapshots of `found` that are newer than what the receiver has; None if there are none.
+    ///
+    /// # Errors
+    /// The file system cannot be asked for its space.
+    pub fn waiting(
+        &self,
+        found: &[Found],
+        base: Option<Snapshot>,
+        now: Timestamp,
+    ) -> Result<Option<Waiting>, CycleError> {
+        let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
+        let unsent = unsent::newer(&ours, base.as_ref());
+        let base = base.filter(|base| ours.contains(base));
+        let Some(since) = base.as_ref().or(unsent.last()) else { return Ok(None) };
+        // From the future, if a clock was set back: then it has no age.
+        let age = Duration::try_from(now.duration_since(since.name.taken())).unwrap_or_default();
+        let free = btrfs::space(&self.config.snapshot_dir)?.free;
+        Ok((!unsent.is_empty()).then_some(Waiting { count: unsent.len(), base, age, free }))
     }
 
     /// What retention says of `found` at `now`.
@@ -321,9 +385,22 @@ impl Volume {
         let unfinished = state.unfinished.iter().flat_map(|Unfinished { snapshot, base }| {
             [Some(snapshot), base.as_ref()].into_iter().flatten().map(|snapshot| (snapshot.id, Reason::Unfinished))
         });
-        let base: Vec<(SnapshotId, Reason)> = confirmed.chain(unfinished).collect();
-        let snapshots: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
-        Ok(retention::plan(&snapshots, &self.config.keep, now, &base))
+        let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
+        let next = self.will_be_sent(&ours, &state).into_iter().map(|snapshot| (snapshot.id, Reason::Unsent));
+        let in_use: Vec<(SnapshotId, Reason)> = confirmed.chain(unfinished).chain(next).collect();
+        let mut plan = retention::plan(&ours, &self.config.keep, now, &in_use);
+        unsent::cap(&mut plan, &unsent::newer(&ours, state.confirmed.as_ref()), self.config.max_unsent);
+        Ok(plan)
+    }
+
+    /// If every snapshot is wanted on the other side: those that are still to be sent. (A first transfer is of the newest; those
+    /// before it are never sent.)
+    fn will_be_sent(&self, ours: &[Snapshot], state: &State) -> Vec<Snapshot> {
+        let first = state.confirmed.as_ref().or(state.unfinished.as_ref().map(|unfinished| &unfinished.snapshot));
+        match (self.which(), first) {
+            (Which::Every, Some(first)) => unsent::newer(ours, Some(first)),
+            _ => Vec::new(),
+        }
     }
 }
 

@@ -20,6 +20,7 @@ mod retry;
 mod send;
 mod setup;
 mod show;
+mod unsent;
 
 use std::{io::IsTerminal, path::Path, process::ExitCode, time::Duration};
 

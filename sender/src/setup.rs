@@ -1,6 +1,6 @@
 //! From the configuration to volumes that can run: certificates read, directories made, locks held.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::Mutex};
 
 use common::{
     lock::{Lock, LockError},
@@ -52,6 +52,7 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
             },
             state_file: config.agent.state_dir.join(format!("{}.toml", volume.name)),
             progress_interval: config.log.progress_interval,
+            warned_of: Mutex::default(),
         })
     };
     config.volumes.iter().map(volume).collect()

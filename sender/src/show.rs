@@ -14,7 +14,7 @@ use crate::{
     config::Config,
     connect::connect,
     create,
-    cycle::{self, CycleError, Volume},
+    cycle::{self, CycleError, Volume, Waiting},
     plan::{self, Base, Plan},
     setup::{self, SetupError},
 };
@@ -49,15 +49,24 @@ pub async fn plan(config: &Config) -> Result<(), ShowError> {
 /// Prints our snapshots and which of them the receiver has.
 ///
 /// # Errors
-/// As [`plan()`].
+/// As [`plan()`]; but what is here is printed also if the receiver cannot be reached.
 pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
+    let mut unreachable = None;
     for volume in setup::volumes(config)? {
         println!("volume {}", volume.config.name);
-        let inventory = inventory(&volume).await?;
-        let found = volume.snapshots()?;
-        let kept = volume.retention(&found, Timestamp::now())?.keep;
+        let inventory = match inventory(&volume).await {
+            Ok(inventory) => Some(inventory),
+            // What is here is worth knowing just then.
+            Err(error @ CycleError::Connect(_)) => {
+                unreachable = Some(error);
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let (found, now) = (volume.snapshots()?, Timestamp::now());
+        let kept = volume.retention(&found, now)?.keep;
         for found in &found {
-            let there = receiver_has(&inventory, &found.snapshot);
+            let there = inventory.as_ref().map_or("?", |inventory| receiver_has(inventory, &found.snapshot));
             let why = kept.iter().find(|(kept, _)| *kept == found.snapshot).map_or(String::new(), |(_, reasons)| {
                 let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
                 format!("kept: {}", reasons.join(", "))
@@ -67,8 +76,27 @@ pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
         if found.is_empty() {
             println!("  none");
         }
+        let theirs = |found: &&Found| {
+            inventory.iter().flat_map(|theirs| &theirs.snapshots).any(|one| one.id == found.snapshot.id)
+        };
+        let base = found.iter().find(theirs).map(|found| found.snapshot.clone()).or(volume.confirmed()?);
+        if let Some(waiting) = volume.waiting(&found, base, now)? {
+            say_waiting(&waiting);
+        }
     }
-    Ok(())
+    unreachable.map_or(Ok(()), |error| Err(error.into()))
+}
+
+fn say_waiting(Waiting { count, base, age, free }: &Waiting) {
+    let (age, free) = (human_duration(*age), human_bytes(*free));
+    match base {
+        Some(base) => println!(
+            "  {count} not on the receiver yet; with their base {base} they keep what was deleted from the source in the last {age}; {free} are free"
+        ),
+        None => println!(
+            "  {count} not on the receiver yet, which has no other; they keep what was deleted from the source in the last {age}; {free} are free"
+        ),
+    }
 }
 
 async fn inventory(volume: &Volume) -> Result<Inventory, CycleError> {
@@ -128,6 +156,10 @@ async fn total(found: &[Found], snapshot: &Snapshot, base: &Base, inventory: &In
 }
 
 fn say_pruning(plan: &retention::Plan) {
+    for (snapshot, reasons) in &plan.keep {
+        let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        println!("  keep      {:<40} {}", snapshot.to_string(), reasons.join(", "));
+    }
     if plan.delete.is_empty() {
         println!("  prune     nothing");
     }
