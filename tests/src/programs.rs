@@ -40,6 +40,14 @@ fn build() -> PathBuf {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     // The whole workspace, as tests/run.sh builds it: a part of it would be built with other features, once more.
     let what = ["build", "--quiet", "--workspace", "--bins", "--locked", "--profile", profile, "--target-dir"];
-    run(Command::new(cargo).args(what).arg(directory.parent().unwrap()).current_dir(workspace));
+    let mut build = Command::new(cargo);
+    build.args(what).arg(directory.parent().unwrap()).current_dir(workspace);
+    // What cargo tells a test of its own package must not reach it again: some dependencies are built anew when it changes, so that
+    // this build and the one around it would undo each other's work every time.
+    let told = |name: &str| ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"].iter().any(|part| name.starts_with(part));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(told)) {
+        build.env_remove(name);
+    }
+    run(&mut build);
     directory.to_owned()
 }
