@@ -18,16 +18,16 @@ pub async fn check(config: &Config) -> Exit {
     findings.good("the configuration");
     findings.root();
     findings.judge("the kernel's btrfs", btrfs::stream_version());
+    // First, because it makes the directories that are still missing, as `run` does.
+    let volumes = findings.judge("certificate, key and peers", setup::volumes(config));
     for volume in &config.volumes {
         check_volume(&mut findings, volume);
     }
-    if let Some(volumes) = findings.judge("certificate, key and peers", setup::volumes(config)) {
-        for volume in volumes {
-            let reached = connect(&volume.route, &volume.config.name).await;
-            let good = format!("{}: the receiver at {} takes the volume", volume.config.name, config.receiver.address);
-            if let Some((link, _)) = findings.judge(&good, reached) {
-                link.close().await;
-            }
+    for volume in volumes.into_iter().flatten() {
+        let reached = connect(&volume.route, &volume.config.name).await;
+        let good = format!("{}: the receiver at {} takes the volume", volume.config.name, config.receiver.address);
+        if let Some((link, _)) = findings.judge(&good, reached) {
+            link.close().await;
         }
     }
     findings.exit()
