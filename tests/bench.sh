@@ -17,16 +17,14 @@ release=$(readlink -f "${CARGO_TARGET_DIR:-target}")/release
 export SNAPFERRY_PROGRAMS=${SNAPFERRY_PROGRAMS-$release}
 deploy/cargo.sh build --release --locked -p snapferry-tests --example bench
 
-# Everything is mounted in a mount namespace of its own: when the last program in it has ended, however that came about, the
-# mounts, the loop devices and the memory are gone. /run is ours in there because sshd insists on a /run/sshd.
-TMPDIR=$(mktemp -d)
-export TMPDIR
-trap 'rmdir "$TMPDIR"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+# Everything is mounted in a mount namespace and runs in a process namespace of its own. When its first process has ended, however
+# that came about, so have all others, and the mounts, the loop devices and the memory are gone. /dev/shm and /run are places that
+# exist: a directory made for the purpose would have to be removed, and if it is removed from outside while something is still
+# mounted there, the kernel keeps that for ever (the image holds the mount of the tmpfs that holds the image). sshd insists on
+# /run/sshd.
 # shellcheck disable=SC2016 # the inner shell expands it
-unshare --mount -- bash -euc '
+TMPDIR=/dev/shm exec unshare --mount --pid --fork --kill-child --mount-proc -- bash -euc '
     mount -t tmpfs -o mode=755,size=90% snapferry-bench "$TMPDIR"
-    mount -t tmpfs -o mode=755 snapferry-bench-run /run
-    mkdir /run/sshd
-    exec "$@"' bash "$release/examples/bench" "$@"
+    [[ -d /run/sshd ]] || { mount -t tmpfs -o mode=755 snapferry-bench /run && mkdir /run/sshd; }
+    # Not exec: signals that nobody handles do not reach the first process of a namespace.
+    "$@" || exit' bash "$release/examples/bench" "$@"

@@ -87,7 +87,7 @@ pub fn wait(child: &Child) -> (ExitStatus, Cost) {
     (ExitStatus::from_raw(status), Cost { cpu, peak: usage.ru_maxrss.cast_unsigned() << 10 })
 }
 
-/// A program that runs until it is dropped or stopped. It ends with the benchmark, however that ends.
+/// A program that runs until it is dropped or stopped.
 pub struct Daemon {
     child: Child,
     log: PathBuf,
@@ -96,10 +96,9 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one whose stderr goes to the file `log`.
     pub fn spawn(program: &Path, arguments: &[&str], log: PathBuf) -> Self {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(arguments);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log).unwrap());
-        Self { child: command.spawn().unwrap_or_else(|error| panic!("setpriv: {error}")), log }
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log).unwrap());
+        Self { child: command.spawn().unwrap_or_else(|error| panic!("{}: {error}", program.display())), log }
     }
 
     /// What it has written to stderr.
