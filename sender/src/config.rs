@@ -11,12 +11,15 @@ use common::{
         Agent, ConfigError, HostPort, Log, RawAgent, RawKeep, RawLog, RawPath, RawTls, Source, Spanned, Tls, Wrong,
         all_different, at_least, at_least_bytes,
     },
+    exit::chain,
     retention::Policy,
     size::{ByteSize, Span},
     snapshot::VolumeName,
     stream::DigestScope,
 };
 use serde::Deserialize;
+
+use crate::filter::{AgeBy, Filter, Patterns};
 
 /// Where state is kept unless the file says otherwise.
 const STATE_DIR: &str = "/var/lib/snapferry-sender";
@@ -28,6 +31,9 @@ const DEFAULT_WINDOW: u64 = 64 << 20;
 /// Four days at the default interval: more than any usual `keep` holds, so that it bites only where nothing else would. Without any
 /// bound a receiver that is away for weeks would fill the head node; and btrfs gets slow with hundreds of snapshots of one source.
 const DEFAULT_MAX_UNSENT: NonZeroU32 = NonZeroU32::new(100).expect("it is not 0");
+
+/// Anything shorter would exclude what was not even sent.
+const LEAST_MAX_AGE: Duration = Duration::from_secs(3600);
 
 /// sender.toml
 #[derive(Debug, Clone)]
@@ -78,6 +84,9 @@ pub struct Volume {
     pub compression: Compression,
     /// Whether every snapshot is sent, not only the newest.
     pub every_snapshot: bool,
+    /// What of the volume does not leave the machine.
+    #[allow(dead_code)] // its users come next
+    pub filter: Filter,
 }
 
 /// Compression of blocks on the wire.
@@ -133,6 +142,12 @@ struct RawVolume {
     compression: Compression,
     #[serde(default)]
     every_snapshot: bool,
+    exclude: Option<Vec<Spanned<String>>>,
+    max_age: Option<Spanned<Span>>,
+    #[serde(default)]
+    max_age_by: AgeBy,
+    #[serde(default)]
+    guix_cache: bool,
 }
 
 impl Config {
@@ -193,6 +208,7 @@ impl RawVolume {
                 "snapshot_dir lies outside the source, on the same file system: a snapshot would be in every later one",
             ));
         }
+        let filter = filter(self.exclude.unwrap_or_default(), self.max_age, self.max_age_by, self.guix_cache)?;
         Ok(Volume {
             name: self.name.into_inner(),
             source: from,
@@ -203,6 +219,7 @@ impl RawVolume {
             digest: self.digest,
             compression: self.compression,
             every_snapshot: self.every_snapshot,
+            filter,
         })
     }
 }
@@ -215,6 +232,18 @@ fn max_unsent(value: Option<Spanned<i64>>) -> Result<NonZeroU32, Wrong> {
         let what = format_args!("max_unsent is 1 to {}: the newest snapshot always stays", u32::MAX);
         Wrong::at(&value, what)
     })
+}
+
+fn filter(
+    exclude: Vec<Spanned<String>>,
+    max_age: Option<Spanned<Span>>,
+    max_age_by: AgeBy,
+    guix_cache: bool,
+) -> Result<Filter, Wrong> {
+    let texts: Vec<&String> = exclude.iter().map(Spanned::get_ref).collect();
+    let exclude = Patterns::new(&texts).map_err(|(place, bad)| Wrong::at(&exclude[place], chain(&bad)))?;
+    let max_age = max_age.map(|age| at_least(Some(age), LEAST_MAX_AGE, LEAST_MAX_AGE, "max_age")).transpose()?;
+    Ok(Filter { exclude, max_age, max_age_by, guix_cache })
 }
 
 #[cfg(test)]

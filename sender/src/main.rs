@@ -11,6 +11,8 @@ mod config;
 mod connect;
 mod create;
 mod cycle;
+#[allow(dead_code)] // its users come next
+mod filter;
 mod pack;
 mod plan;
 mod prune;
