@@ -23,6 +23,8 @@ mod send;
 mod setup;
 mod show;
 mod unsent;
+#[allow(dead_code)] // its users come next
+mod walk;
 
 use std::{io::IsTerminal, path::Path, process::ExitCode, time::Duration};
 

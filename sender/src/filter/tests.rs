@@ -7,10 +7,15 @@ use super::*;
 const NOW: i64 = 1_000_000_000;
 const DAY: i64 = 86_400;
 
-/// A tree of files: path, age in days, content.
+/// A tree of files by their paths.
 #[derive(Default)]
 struct Tree {
-    files: RefCell<BTreeMap<Vec<u8>, (i64, Vec<u8>)>>,
+    files: RefCell<BTreeMap<Vec<u8>, File>>,
+}
+
+struct File {
+    time: i64,
+    content: Vec<u8>,
 }
 
 impl Tree {
@@ -19,7 +24,8 @@ impl Tree {
         for (path, days) in files {
             let hash = path.strip_prefix("hashes/");
             let content = hash.map_or(String::new(), |hash| format!("/gnu/store/{hash}-x"));
-            tree.files.borrow_mut().insert(path.as_bytes().to_vec(), (NOW - days * DAY, content.into_bytes()));
+            let file = File { time: NOW - days * DAY, content: content.into_bytes() };
+            tree.files.borrow_mut().insert(path.as_bytes().to_vec(), file);
         }
         tree
     }
@@ -35,7 +41,7 @@ impl Tree {
         for path in paths {
             let parts = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
             let above = parts.map(|(end, _)| &path[..end]).any(|above| rules.directory(above).is_some());
-            let own = self.files.borrow()[&path].0;
+            let own = self.files.borrow()[&path].time;
             let Ok(rule) = rules.file(&path, || Ok(Some(own)), self);
             if above || rule.is_some() {
                 self.files.borrow_mut().remove(&path);
@@ -51,12 +57,12 @@ impl Look for Tree {
     type Error = Infallible;
 
     fn time(&self, member: Member<'_>, suffix: Suffix) -> Result<Option<i64>, Infallible> {
-        Ok(self.files.borrow().get(&guix::path(member, suffix)).map(|(time, _)| *time))
+        Ok(self.files.borrow().get(&guix::path(member, suffix)).map(|file| file.time))
     }
 
     fn mapping(&self, hash: &[u8]) -> Result<Option<Vec<u8>>, Infallible> {
         let path = [b"hashes/", hash].concat();
-        Ok(self.files.borrow().get(&path).map(|(_, content)| content.clone()))
+        Ok(self.files.borrow().get(&path).map(|file| file.content.clone()))
     }
 }
 
@@ -143,6 +149,6 @@ fn a_hash_that_maps_to_nothing_goes_only_if_anything_may_go() {
     assert!(gone(&filter(&[], None, true), &files).is_empty());
     assert_eq!(gone(&filter(&["nothing"], None, true), &files), ["hashes/h", "hashes/other"]);
     let tree = Tree::of(&files);
-    tree.files.borrow_mut().insert(b"hashes/h".to_vec(), (0, b"no store path".to_vec()));
+    tree.files.borrow_mut().insert(b"hashes/h".to_vec(), File { time: 0, content: b"no store path".to_vec() });
     assert_eq!(tree.filter(&filter(&["nothing"], None, true), false), ["hashes/other"], "it is a file like any other");
 }
