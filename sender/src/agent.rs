@@ -49,7 +49,7 @@ pub async fn run_once(config: &Config, reporters: report::Style) -> Result<(), O
     for volume in &volumes {
         let mut reporter = Reporter::new(&volume.config.name, reporters);
         let cycle = async {
-            volume.take_snapshot().await?;
+            volume.take_snapshot(&shutdown).await?;
             volume.ferry(&mut reporter, &shutdown).await?;
             volume.prune().await
         };
@@ -74,6 +74,7 @@ pub enum OnceError {
 
 /// The cycles of a volume, until the shutdown.
 async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
+    volume.sweep().await;
     let mut retry = Retry::new();
     while !shutdown.is_cancelled() {
         let pause = match cycle(&volume, &shutdown).await {
@@ -98,7 +99,7 @@ async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
 /// Snapshot if one is due, ferry, prune. Pruning is done after a failure too: snapshots must not pile up while the receiver is away.
 async fn cycle(volume: &Arc<Volume>, shutdown: &CancellationToken) -> Result<(), CycleError> {
     if until_due(volume).await.is_zero() {
-        volume.take_snapshot().await?;
+        volume.take_snapshot(shutdown).await?;
     }
     let mut reporter = Reporter::new(&volume.config.name, report::Style::Log);
     let ferried = volume.ferry(&mut reporter, shutdown).await;

@@ -85,7 +85,6 @@ pub struct Volume {
     /// Whether every snapshot is sent, not only the newest.
     pub every_snapshot: bool,
     /// What of the volume does not leave the machine.
-    #[allow(dead_code)] // its users come next
     pub filter: Filter,
 }
 

@@ -1,8 +1,11 @@
 //! The first step of a cycle: a read-only snapshot of the source, named by the clock, and whether it is time for one.
 
+mod draft;
+
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
     time::Duration,
 };
 
@@ -12,6 +15,8 @@ use common::{
 };
 use jiff::{SignedDuration, Timestamp};
 use rustix::io::Errno;
+
+use crate::{filter::Filter, walk::WalkError};
 
 /// How many seconds ahead of the clock a name may be when those before are taken. More than anybody needs: a name is taken only if
 /// there are two snapshots within a second, or if the clock was set back.
@@ -63,6 +68,24 @@ pub enum CreateError {
     /// btrfs refused.
     #[error(transparent)]
     Btrfs(#[from] BtrfsError),
+    /// What is excluded cannot be removed from the snapshot.
+    #[error("cannot filter the snapshot: {0}")]
+    Filter(#[from] WalkError),
+}
+
+/// A snapshot that is wanted.
+#[derive(Debug)]
+pub struct Order<'a> {
+    /// Of which volume.
+    pub volume: &'a VolumeName,
+    /// The time that names it, and that ages are counted to.
+    pub now: Timestamp,
+    /// What must not be in it.
+    pub filter: &'a Filter,
+    /// Becomes true when it is wanted no more.
+    pub stop: &'a AtomicBool,
+    /// How often the log says how far it is.
+    pub progress_interval: Duration,
 }
 
 /// A source and the directory of its snapshots, found fit for each other.
@@ -101,22 +124,49 @@ impl Site {
         &self.source
     }
 
+    /// Makes a snapshot as wanted. It is complete as soon as it has its name, and on disk on return.
+    ///
+    /// Without a filter it is a plain snapshot of the source, unless that would be older than the newest one: a filtered one is changed
+    /// after it was taken, so a source that rested since then has the smaller ctransid. Then it is made like a filtered one.
+    ///
+    /// # Errors
+    /// See [`CreateError`]; there is no snapshot then.
+    pub fn take(&self, order: &Order<'_>) -> Result<Found, CreateError> {
+        let newest = btrfs::snapshots(&self.dir, order.volume)?.into_iter().next();
+        let source = self.source.info()?;
+        let is_behind = newest.is_some_and(|newest| newest.info.ctransid > source.ctransid);
+        if order.filter.is_idle() && !is_behind {
+            self.sweep(order.volume)?;
+            return self.create(order.volume, order.now);
+        }
+        self.create_filtered(order)
+    }
+
     /// Takes a read-only snapshot, named by the time `now` or by the next second whose name is free. It is on disk on return.
+    pub fn create(&self, volume: &VolumeName, now: Timestamp) -> Result<Found, CreateError> {
+        let name = self.with_free_name(volume, now, |path| btrfs::snapshot(&self.source, path, Access::ReadOnly))?;
+        let path = self.dir.join(name.to_string());
+        let info = Subvolume::open(&path)?.info()?;
+        Ok(Found { snapshot: Snapshot { name, id: info.stream_id() }, path, info })
+    }
+
+    /// Calls `make` with paths until there is nothing of that name (EEXIST).
     ///
     /// Free means: behind the newest one's, too. The name of a pruned snapshot may be in use at the receiver still.
-    pub fn create(&self, volume: &VolumeName, now: Timestamp) -> Result<Found, CreateError> {
+    fn with_free_name(
+        &self,
+        volume: &VolumeName,
+        now: Timestamp,
+        make: impl Fn(&Path) -> Result<(), BtrfsError>,
+    ) -> Result<SnapshotName, CreateError> {
         let snapshots = btrfs::snapshots(&self.dir, volume)?;
         let begin = first_free(snapshots.first().map(|newest| &newest.snapshot.name), now);
         let first = SnapshotName::new(volume.clone(), begin);
         for ahead in 0..=MAX_SECONDS_AHEAD {
             let taken = begin.saturating_add(SignedDuration::from_secs(ahead)).unwrap_or(Timestamp::MAX);
             let name = SnapshotName::new(volume.clone(), taken);
-            let path = self.dir.join(name.to_string());
-            match btrfs::snapshot(&self.source, &path, Access::ReadOnly) {
-                Ok(()) => {
-                    let info = Subvolume::open(&path)?.info()?;
-                    return Ok(Found { snapshot: Snapshot { name, id: info.stream_id() }, path, info });
-                }
+            match make(&self.dir.join(name.to_string())) {
+                Ok(()) => return Ok(name),
                 Err(error) if error.errno() == Some(Errno::EXIST) => {}
                 Err(error) => return Err(error.into()),
             }

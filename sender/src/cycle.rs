@@ -2,7 +2,11 @@
 
 use std::{
     path::PathBuf,
-    sync::{Mutex, PoisonError},
+    pin::pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -23,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config,
     connect::{ConnectError, ReceiverLink, Route, connect, query},
-    create::{CreateError, Site},
+    create::{CreateError, Order, Site},
     pack,
     plan::{Base, Plan, Which, plan},
     prune,
@@ -31,6 +35,7 @@ use crate::{
     report::Reporter,
     send::{SendError, Source, TotalPass},
     unsent,
+    walk::WalkError,
 };
 
 /// An increment's total is usually known within this time; then the offer carries it. Else it follows.
@@ -148,15 +153,44 @@ impl Volume {
         Ok(btrfs::snapshots(&self.config.snapshot_dir, &self.config.name)?)
     }
 
-    /// Takes a snapshot.
+    /// Deletes what a killed agent left of a snapshot that was being made.
+    pub async fn sweep(&self) {
+        let config = self.config.clone();
+        let swept = blocking(move || Site::open(&config.source, &config.snapshot_dir)?.sweep(&config.name)).await;
+        if let Ok(Err(error)) = swept {
+            tracing::debug!(volume = %self.config.name, %error, "not swept; taking a snapshot will meet the same trouble");
+        }
+    }
+
+    /// Takes a snapshot, filtered as configured. A shutdown leaves none.
     ///
     /// # Errors
     /// See [`CreateError`].
-    pub async fn take_snapshot(&self) -> Result<(), CycleError> {
-        let (source, dir, name) =
-            (self.config.source.clone(), self.config.snapshot_dir.clone(), self.config.name.clone());
-        let started = Instant::now();
-        let taken = blocking(move || Site::open(&source, &dir)?.create(&name, Timestamp::now())).await??;
+    pub async fn take_snapshot(&self, shutdown: &CancellationToken) -> Result<(), CycleError> {
+        let (config, progress_interval) = (self.config.clone(), self.progress_interval);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (told, started) = (stop.clone(), Instant::now());
+        let mut taking = pin!(blocking(move || {
+            let order = Order {
+                volume: &config.name,
+                now: Timestamp::now(),
+                filter: &config.filter,
+                stop: &told,
+                progress_interval,
+            };
+            Site::open(&config.source, &config.snapshot_dir)?.take(&order)
+        }));
+        let taken = tokio::select! {
+            taken = &mut taking => taken?,
+            () = shutdown.cancelled() => {
+                stop.store(true, Ordering::Relaxed);
+                taking.await?
+            }
+        };
+        let taken = match taken {
+            Err(CreateError::Filter(WalkError::Stopped)) => return Err(CycleError::Shutdown),
+            taken => taken?,
+        };
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(volume = %self.config.name, snapshot = %taken.snapshot, seconds, "snapshot taken");
         Ok(())

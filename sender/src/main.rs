@@ -11,7 +11,6 @@ mod config;
 mod connect;
 mod create;
 mod cycle;
-#[allow(dead_code)] // its users come next
 mod filter;
 mod pack;
 mod plan;
@@ -23,7 +22,6 @@ mod send;
 mod setup;
 mod show;
 mod unsent;
-#[allow(dead_code)] // its users come next
 mod walk;
 
 use std::{io::IsTerminal, path::Path, process::ExitCode, time::Duration};

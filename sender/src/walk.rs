@@ -137,6 +137,7 @@ pub struct Entry<'a, D> {
     /// What it is.
     pub kind: FileType,
     /// Its inode number.
+    #[allow(dead_code)] // for what counts hard links once
     pub inode: u64,
 }
 

@@ -23,7 +23,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags},
+    fs::{CWD, Mode, OFlags, RenameFlags},
     io::Errno,
 };
 use uuid::Uuid;
@@ -140,6 +140,13 @@ pub fn snapshot(source: &Subvolume, path: &Path, access: Access) -> Result<(), B
     };
     raw::snap_create(dir.as_fd(), name.as_bytes(), source.as_fd(), flags)
         .map_err(BtrfsError::call("take the snapshot", path))
+}
+
+/// Gives a subvolume, also a read-only one, another name in its directory. EEXIST if there is something of that name.
+///
+/// A crash before the next commit undoes it.
+pub fn rename(from: &Path, to: &Path) -> Result<(), BtrfsError> {
+    rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(BtrfsError::call("rename", from))
 }
 
 /// Deletes the subvolume at `path`, read-only or not, mounted or not, with everything in it.
