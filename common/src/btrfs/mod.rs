@@ -3,6 +3,7 @@
 //! The ioctls are called directly, not through the `btrfs` program: no text to parse, an errno for every failure, and a send that
 //! a signal cannot repeat (see [`send()`]). The one thing left to the program is `receive`.
 
+mod extents;
 mod find;
 mod raw;
 mod search;
@@ -29,9 +30,10 @@ use rustix::{
 use uuid::Uuid;
 
 pub use self::{
+    extents::{Extent, extents},
     find::{Candidate, Found, candidates, snapshots},
     send::{SendOptions, Sending, send, stream_version},
-    space::{Space, space},
+    space::{Cost, Pool, Space, space},
     subvolume::{Subvolume, SubvolumeInfo},
 };
 
@@ -182,6 +184,20 @@ pub fn sync(path: &Path) -> Result<(), BtrfsError> {
 pub fn is_gone(path: &Path, tree_id: u64) -> Result<bool, BtrfsError> {
     let dir = open_on_btrfs(path)?;
     search::has_root(dir.as_fd(), tree_id).map(|has| !has).map_err(BtrfsError::call("search the root tree of", path))
+}
+
+/// The ids of the trees of subvolumes that were deleted, by whomever, and are not gone from disk yet.
+///
+/// `path` is any directory of the file system.
+pub fn being_deleted(path: &Path) -> Result<Vec<u64>, BtrfsError> {
+    let dir = open_on_btrfs(path)?;
+    search::orphans(dir.as_fd()).map_err(BtrfsError::call("search the root tree of", path))
+}
+
+/// Commits, so that what was deleted stays so, and sets the cleaner to work on it; without that it may wait for half a minute.
+pub fn start_cleaner(path: &Path) -> Result<(), BtrfsError> {
+    let dir = open_on_btrfs(path)?;
+    raw::sync(dir.as_fd()).map_err(BtrfsError::call("commit on the file system of", path))
 }
 
 /// Whether quota groups are enabled on the file system of `path`: with them deleting snapshots can stall it for minutes.

@@ -8,14 +8,17 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use rustix::ioctl::{Getter, Opcode, Setter, Updater, ioctl, opcode};
+use rustix::ioctl::{Getter, NoArg, Opcode, Setter, Updater, ioctl, opcode};
 
 const MAGIC: u8 = 0x94;
 
+const SYNC: Opcode = opcode::none(MAGIC, 8);
 const SUBVOL_CREATE: Opcode = opcode::write::<VolArgs>(MAGIC, 14);
 const SNAP_DESTROY: Opcode = opcode::write::<VolArgs>(MAGIC, 15);
 const TREE_SEARCH: Opcode = opcode::read_write::<SearchArgs>(MAGIC, 17);
+const TREE_SEARCH_V2: Opcode = opcode::read_write::<SearchHeadV2>(MAGIC, 17);
 const INO_LOOKUP: Opcode = opcode::read_write::<InoLookupArgs>(MAGIC, 18);
+const SPACE_INFO: Opcode = opcode::read_write::<SpaceHead>(MAGIC, 20);
 const WAIT_SYNC: Opcode = opcode::write::<u64>(MAGIC, 22);
 const SNAP_CREATE_V2: Opcode = opcode::write::<VolArgsV2>(MAGIC, 23);
 const START_SYNC: Opcode = opcode::read::<u64>(MAGIC, 24);
@@ -86,6 +89,62 @@ pub(super) struct SearchArgs {
 }
 const _: () = assert!(size_of::<SearchArgs>() == 4096);
 
+/// Bytes for the items that a search of the second kind finds: a thousand or so, instead of some forty, with one descent of the tree.
+pub(super) const LONG_SEARCH_BUFFER_BYTES: usize = 1 << 16;
+
+/// `struct btrfs_ioctl_search_args_v2` without its buffer, as the number of the ioctl has it.
+#[repr(C)]
+struct SearchHeadV2 {
+    key: SearchKey,
+    buf_size: u64,
+}
+const _: () = assert!(size_of::<SearchHeadV2>() == 112);
+
+/// `struct btrfs_ioctl_search_args_v2` with a buffer of [`LONG_SEARCH_BUFFER_BYTES`].
+#[repr(C)]
+pub(super) struct LongSearchArgs {
+    pub(super) key: SearchKey,
+    buf_size: u64,
+    pub(super) items: [u8; LONG_SEARCH_BUFFER_BYTES],
+}
+
+impl LongSearchArgs {
+    /// On the heap: it is too large for a stack that others need too.
+    pub(super) fn new(key: SearchKey) -> Box<Self> {
+        Box::new(Self { key, buf_size: LONG_SEARCH_BUFFER_BYTES as u64, items: [0; LONG_SEARCH_BUFFER_BYTES] })
+    }
+}
+
+/// Kinds of chunks that are asked about at a time: each of data, metadata and system in a few profiles.
+const SPACE_SLOTS: usize = 32;
+
+/// `struct btrfs_ioctl_space_args` without its slots, as the number of the ioctl has it.
+#[repr(C)]
+struct SpaceHead {
+    space_slots: u64,
+    total_spaces: u64,
+}
+const _: () = assert!(size_of::<SpaceHead>() == 16);
+
+/// `struct btrfs_ioctl_space_info`: all chunks of one kind and profile.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SpaceInfo {
+    /// Kind and profile, `BLOCK_GROUP_...`.
+    pub(super) flags: u64,
+    /// Bytes of the chunks, a mirrored one counted once.
+    pub(super) total_bytes: u64,
+    /// Bytes of them that are taken.
+    pub(super) used_bytes: u64,
+}
+
+#[repr(C)]
+struct SpaceArgs {
+    head: SpaceHead,
+    slots: [SpaceInfo; SPACE_SLOTS],
+}
+const _: () = assert!(size_of::<SpaceArgs>() == 16 + 24 * SPACE_SLOTS);
+
 #[repr(C)]
 struct InoLookupArgs {
     treeid: u64,
@@ -115,8 +174,20 @@ pub(super) struct FsInfoArgs {
     pub(super) max_id: u64,
     pub(super) num_devices: u64,
     pub(super) fsid: [u8; 16],
-    rest: [u8; 992],
+    /// Bytes of a node of a tree.
+    pub(super) nodesize: u32,
+    /// Bytes of the smallest piece of data that has a place of its own.
+    pub(super) sectorsize: u32,
+    clone_alignment: u32,
+    csum_type: u16,
+    /// Bytes of the checksum of a sector; 0 from kernels that do not tell.
+    pub(super) csum_size: u16,
+    /// In: what to tell beyond the basics.
+    flags: u64,
+    rest: [u8; 968],
 }
+/// Flag of [`FsInfoArgs`]: tell about the checksums.
+const FS_INFO_CSUM: u64 = 1;
 const _: () = assert!(size_of::<FsInfoArgs>() == 1024);
 
 /// Seconds and nanoseconds, with the padding that C gives them.
@@ -215,6 +286,14 @@ pub(super) fn tree_search(fd: BorrowedFd<'_>, args: &mut SearchArgs) -> io::Resu
     Ok(unsafe { ioctl(fd, Updater::<TREE_SEARCH, _>::new(args)) }?)
 }
 
+/// The same with a larger buffer. EOVERFLOW if an item is larger than that.
+pub(super) fn tree_search_long(fd: BorrowedFd<'_>, args: &mut LongSearchArgs) -> io::Result<()> {
+    args.buf_size = LONG_SEARCH_BUFFER_BYTES as u64;
+    // SAFETY: TREE_SEARCH_V2 reads and writes a btrfs_ioctl_search_args_v2 with a buffer of buf_size bytes behind it, as
+    // LongSearchArgs has it; any bytes are valid in it.
+    Ok(unsafe { ioctl(fd, Updater::<TREE_SEARCH_V2, _>::new(args)) }?)
+}
+
 /// The path of a directory inside the subvolume `treeid`, with a slash at its end; empty for the root.
 pub(super) fn ino_lookup(fd: BorrowedFd<'_>, treeid: u64, objectid: u64) -> io::Result<Vec<u8>> {
     let mut args = InoLookupArgs { treeid, objectid, name: [0; 4080] };
@@ -248,6 +327,23 @@ pub(super) fn set_subvol_flags(fd: BorrowedFd<'_>, flags: u64) -> io::Result<()>
     Ok(unsafe { ioctl(fd, Setter::<SUBVOL_SETFLAGS, _>::new(flags)) }?)
 }
 
+/// Commits what the file system has in memory, and sets the cleaner to work on what is deleted.
+pub(super) fn sync(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: SYNC has no argument.
+    Ok(unsafe { ioctl(fd, NoArg::<SYNC>::new()) }?)
+}
+
+/// What the chunks of the file system are and how full they are, by kind and profile.
+pub(super) fn space_info(fd: BorrowedFd<'_>) -> io::Result<Vec<SpaceInfo>> {
+    let head = SpaceHead { space_slots: SPACE_SLOTS as u64, total_spaces: 0 };
+    let mut args = SpaceArgs { head, slots: [SpaceInfo::default(); SPACE_SLOTS] };
+    // SAFETY: SPACE_INFO reads and writes a btrfs_ioctl_space_args with space_slots btrfs_ioctl_space_info behind it, as SpaceArgs
+    // has it; any bytes are valid in it.
+    unsafe { ioctl(fd, Updater::<SPACE_INFO, _>::new(&mut args)) }?;
+    let told = usize::try_from(args.head.total_spaces).unwrap_or(SPACE_SLOTS).min(SPACE_SLOTS);
+    Ok(args.slots[..told].to_vec())
+}
+
 /// About one device of the file system. ENODEV if none has that id.
 pub(super) fn dev_info(fd: BorrowedFd<'_>, devid: u64) -> io::Result<DevInfoArgs> {
     let mut args =
@@ -259,8 +355,19 @@ pub(super) fn dev_info(fd: BorrowedFd<'_>, devid: u64) -> io::Result<DevInfoArgs
 
 /// About the file system.
 pub(super) fn fs_info(fd: BorrowedFd<'_>) -> io::Result<FsInfoArgs> {
-    let mut args = FsInfoArgs { max_id: 0, num_devices: 0, fsid: [0; 16], rest: [0; 992] };
-    // SAFETY: FS_INFO reads (flags, zero here) and writes a btrfs_ioctl_fs_info_args, whose size FsInfoArgs has; any bytes are
+    let mut args = FsInfoArgs {
+        max_id: 0,
+        num_devices: 0,
+        fsid: [0; 16],
+        nodesize: 0,
+        sectorsize: 0,
+        clone_alignment: 0,
+        csum_type: 0,
+        csum_size: 0,
+        flags: FS_INFO_CSUM,
+        rest: [0; 968],
+    };
+    // SAFETY: FS_INFO reads (flags) and writes a btrfs_ioctl_fs_info_args, whose size FsInfoArgs has; any bytes are
     // valid in it.
     unsafe { ioctl(fd, Updater::<FS_INFO, _>::new(&mut args)) }?;
     Ok(args)

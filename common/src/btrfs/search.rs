@@ -16,6 +16,11 @@ const ROOT_TREE: u64 = 1;
 /// The tree of the quota groups; it exists only while they are enabled.
 const QUOTA_TREE: u64 = 8;
 
+/// The object whose items name what is to be deleted: -5.
+const ORPHANS: u64 = u64::MAX - 4;
+
+/// Key of one of them: (orphans, ORPHAN_ITEM, tree).
+const ORPHAN_ITEM: u32 = 48;
 /// Key of the root of a tree.
 const ROOT_ITEM: u32 = 132;
 /// Key of the place of a subvolume in another: (outer tree, ROOT_REF, inner tree).
@@ -31,7 +36,7 @@ const ROOT_REF_BYTES: usize = 18;
 /// The subvolumes directly inside the subvolume `tree_id`, as paths relative to it.
 pub(super) fn children(fd: BorrowedFd<'_>, tree_id: u64) -> io::Result<Vec<PathBuf>> {
     let mut places = Vec::new();
-    items(fd, ROOT_TREE, tree_id, ROOT_REF, |item| {
+    items(fd, ROOT_TREE, tree_id, ROOT_REF, |_, item| {
         places.extend(root_ref(item));
         true
     })?;
@@ -48,6 +53,16 @@ pub(super) fn has_root(fd: BorrowedFd<'_>, tree_id: u64) -> io::Result<bool> {
     has_item(fd, ROOT_TREE, tree_id, ROOT_ITEM)
 }
 
+/// The trees of the subvolumes that are deleted, but not gone: the cleaner has yet to free what they hold.
+pub(super) fn orphans(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
+    let mut trees = Vec::new();
+    items(fd, ROOT_TREE, ORPHANS, ORPHAN_ITEM, |header, _| {
+        trees.push(header.offset);
+        true
+    })?;
+    Ok(trees)
+}
+
 /// Whether quota groups are enabled.
 pub(super) fn has_quota_tree(fd: BorrowedFd<'_>) -> io::Result<bool> {
     match has_item(fd, QUOTA_TREE, 0, QGROUP_STATUS) {
@@ -58,7 +73,7 @@ pub(super) fn has_quota_tree(fd: BorrowedFd<'_>) -> io::Result<bool> {
 
 fn has_item(fd: BorrowedFd<'_>, tree_id: u64, objectid: u64, kind: u32) -> io::Result<bool> {
     let mut found = false;
-    items(fd, tree_id, objectid, kind, |_| {
+    items(fd, tree_id, objectid, kind, |_, _| {
         found = true;
         false
     })?;
@@ -71,7 +86,7 @@ fn items(
     tree_id: u64,
     objectid: u64,
     kind: u32,
-    mut each: impl FnMut(&[u8]) -> bool,
+    mut each: impl FnMut(&Header, &[u8]) -> bool,
 ) -> io::Result<()> {
     let mut from = 0;
     loop {
@@ -92,10 +107,10 @@ fn items(
         let mut rest = &args.items[..];
         let mut last = None;
         for _ in 0..args.key.nr_items {
-            let (offset, item);
-            (offset, item, rest) = split_item(rest)?;
-            last = Some(offset);
-            if !each(item) {
+            let (header, item);
+            (header, item, rest) = split_item(rest)?;
+            last = Some(header.offset);
+            if !each(&header, item) {
                 return Ok(());
             }
         }
@@ -106,14 +121,23 @@ fn items(
     }
 }
 
-/// Takes one item off a result: its key's offset, its bytes, and what follows.
-fn split_item(bytes: &[u8]) -> io::Result<(u64, &[u8], &[u8])> {
+/// The key of an item.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) object: u64,
+    pub(super) offset: u64,
+    pub(super) kind: u32,
+}
+
+/// Takes one item off a result: its key, its bytes, and what follows.
+pub(super) fn split_item(bytes: &[u8]) -> io::Result<(Header, &[u8], &[u8])> {
     let cut_short = || io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer to a tree search is cut short");
     let (header, rest) = bytes.split_at_checked(HEADER_BYTES).ok_or_else(cut_short)?;
-    let offset = header[16..24].try_into().map(u64::from_ne_bytes).map_err(|_| cut_short())?;
-    let length = header[28..32].try_into().map(u32::from_ne_bytes).map_err(|_| cut_short())?;
-    let (item, rest) = rest.split_at_checked(length as usize).ok_or_else(cut_short)?;
-    Ok((offset, item, rest))
+    let long = |at: usize| header[at..at + 8].try_into().map(u64::from_ne_bytes).map_err(|_| cut_short());
+    let word = |at: usize| header[at..at + 4].try_into().map(u32::from_ne_bytes).map_err(|_| cut_short());
+    let key = Header { object: long(8)?, offset: long(16)?, kind: word(24)? };
+    let (item, rest) = rest.split_at_checked(word(28)? as usize).ok_or_else(cut_short)?;
+    Ok((key, item, rest))
 }
 
 /// Where a subvolume is: the inode of the directory, and the name in it. None if the item is no root reference.
@@ -135,7 +159,8 @@ mod tests {
         answer.extend([1, 2, 3]);
         assert!(split_item(&answer).is_err());
         answer.push(4);
-        assert_eq!(split_item(&answer).unwrap(), (0, &[1, 2, 3, 4][..], &[][..]));
+        let header = Header { object: 0, offset: 0, kind: 0 };
+        assert_eq!(split_item(&answer).unwrap(), (header, &[1, 2, 3, 4][..], &[][..]));
         assert!(split_item(&answer[..HEADER_BYTES - 1]).is_err());
         assert_eq!(root_ref(&[0; ROOT_REF_BYTES - 1]), None);
     }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Read,
+    ops::ControlFlow,
     os::unix::fs::symlink,
     path::PathBuf,
     process::Command,
@@ -241,10 +242,83 @@ fn a_send_that_cannot_be_says_why() {
 #[test]
 fn space_is_counted() {
     let fs = TestFs::new(SMALL);
+    let before = space(fs.path()).unwrap();
+    assert_eq!(before.total, SMALL);
+    assert!(before.free > 0 && before.free < SMALL, "{before:?}");
+    assert!(before.unallocated > 0 && before.unallocated < SMALL, "{before:?}");
+    assert!(before.data.total > 0 && before.data.used < before.data.total, "{before:?}");
+    assert!(before.metadata.used > 0 && before.metadata.used < before.metadata.total, "{before:?}");
+    assert!(before.set_aside > 0 && before.set_aside < before.metadata.total && !before.mixed, "{before:?}");
+    assert_eq!((before.node_bytes, before.sector_bytes, before.checksum_bytes), (16_384, 4096, 4));
+    // What is allocated is what the chunks take, with the small ones of the system itself.
+    let allocated = before.data.cost.raw(before.data.total) + before.metadata.cost.raw(before.metadata.total);
+    let rest = SMALL - before.unallocated - allocated;
+    assert!(rest < 32 << 20, "{before:?}");
+
+    fs::write(fs.path().join("file"), vec![7; 10 << 20]).unwrap();
+    sync(fs.path()).unwrap();
+    let after = space(fs.path()).unwrap();
+    assert_eq!(after.data.used - before.data.used, 10 << 20);
+    assert_eq!(before.free - after.free, 10 << 20);
+}
+
+#[test]
+fn space_of_mixed_chunks_is_counted_once() {
+    let fs = TestFs::with_options(SMALL, &["--mixed"], "noatime");
     let space = space(fs.path()).unwrap();
-    assert_eq!(space.total, SMALL);
-    assert!(space.free > 0 && space.free < SMALL, "{space:?}");
-    assert!(space.unallocated > 0 && space.unallocated < SMALL, "{space:?}");
+    assert!(space.mixed && space.data.used > 0 && space.metadata.total == 0, "{space:?}");
+}
+
+#[test]
+fn extents_that_are_shared_have_one_address() {
+    let fs = TestFs::new(SMALL);
+    let path = fs.subvolume("v");
+    fs::write(path.join("large"), vec![1; 3 << 20]).unwrap();
+    fs::write(path.join("small"), "in the tree itself").unwrap();
+    File::create(path.join("hole")).unwrap().set_len(1 << 20).unwrap();
+    let cloned = Command::new("cp").arg("--reflink=always").args([path.join("large"), path.join("clone")]).status();
+    assert!(cloned.unwrap().success());
+    for i in 0..3000 {
+        fs::write(path.join(format!("f{i}")), vec![2; 5000]).unwrap();
+    }
+    sync(fs.path()).unwrap();
+    let subvolume = open(&path);
+    let mut all = Vec::new();
+    let walked = extents(&subvolume, |extent| {
+        all.push(extent);
+        ControlFlow::<()>::Continue(())
+    });
+    assert_eq!(walked.unwrap(), ControlFlow::Continue(()));
+    let bytes = |all: &[Extent]| all.iter().map(|extent| extent.length).sum::<u64>();
+    assert_eq!(bytes(&all), 2 * (3 << 20) + 3000 * 8192);
+    all.sort();
+    all.dedup();
+    assert_eq!(bytes(&all), (3 << 20) + 3000 * 8192);
+    assert_eq!(space(fs.path()).unwrap().data.used, bytes(&all));
+    assert_eq!(extents(&subvolume, ControlFlow::Break).unwrap(), ControlFlow::Break(all[0]));
+}
+
+#[test]
+fn what_is_deleted_is_told_until_it_is_gone() {
+    let fs = TestFs::new(SMALL);
+    let path = fs.subvolume("v");
+    for i in 0..2000 {
+        fs::write(path.join(format!("f{i}")), vec![1; 5000]).unwrap();
+    }
+    sync(fs.path()).unwrap();
+    let tree = open(&path).info().unwrap().tree_id;
+    assert!(being_deleted(fs.path()).unwrap().is_empty());
+    delete(&path).unwrap();
+    assert_eq!(being_deleted(fs.path()).unwrap(), [tree]);
+    let begun = Instant::now();
+    while !being_deleted(fs.path()).unwrap().is_empty() {
+        start_cleaner(fs.path()).unwrap();
+        assert!(begun.elapsed().as_secs() < 20, "the cleaner was not set to work");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(is_gone(fs.path(), tree).unwrap());
+    sync(fs.path()).unwrap();
+    assert_eq!(space(fs.path()).unwrap().data.used, 0);
 }
 
 #[test]
