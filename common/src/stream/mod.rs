@@ -33,6 +33,9 @@ pub use self::{
     walk::{Item, Walker},
 };
 
+/// What btrfs has in its trees rather than in an extent: `max_inline`, unless a mount option says otherwise.
+pub const MAX_SMALL_BYTES: u64 = 2048;
+
 /// A SHA-256 value.
 pub type Digest = [u8; 32];
 
@@ -76,4 +79,8 @@ pub struct Total {
     pub data_bytes: u64,
     /// Files that it creates or whose content it changes.
     pub files: u64,
+    /// How much of the data is whole files of up to [`MAX_SMALL_BYTES`]: btrfs has those in its trees.
+    pub small_bytes: u64,
+    /// Places in the trees of a base that it changes, at most: each in a node of its own if chance will have it.
+    pub touched: u64,
 }

@@ -4,7 +4,7 @@
 //! all other commands are the same. So the size of the stream with data follows to the byte.
 
 use super::{
-    Total,
+    MAX_SMALL_BYTES, Total,
     command::Command,
     error::StreamError,
     format::{Attr, COMMAND_HEADER_BYTES, Kind, MAX_WRITE_BYTES_V1, STREAM_HEADER_BYTES},
@@ -18,6 +18,8 @@ const WRITE_BYTES_V2: u64 = 128 * 1024;
 pub struct TotalCounter {
     bytes: u64,
     data_bytes: u64,
+    small_bytes: u64,
+    touched: Touched,
     files: FileCounter,
 }
 
@@ -33,8 +35,14 @@ impl TotalCounter {
     /// If the command is about data and its range cannot be told.
     pub fn update(&mut self, command: &Command<'_>) -> Result<(), StreamError> {
         self.files.update(command)?;
+        self.touched.update(command.kind());
         let range = command.data_range()?;
         let length = range.map_or(0, |range| range.end - range.start);
+        let is_data = matches!(command.kind(), Kind::UpdateExtent | Kind::Write | Kind::EncodedWrite);
+        // If it is the beginning of a larger file, it is counted too much, once a file.
+        if is_data && length <= MAX_SMALL_BYTES && range.is_some_and(|range| range.start == 0) {
+            self.small_bytes = self.small_bytes.saturating_add(length);
+        }
         match (command.kind(), range) {
             (Kind::UpdateExtent, Some(range)) => {
                 self.bytes = self.bytes.saturating_add(written_bytes(range.path.len(), length, command.version()));
@@ -50,7 +58,47 @@ impl TotalCounter {
 
     /// The total of all commands so far.
     pub fn finish(&self) -> Total {
-        Total { bytes: self.bytes, data_bytes: self.data_bytes, files: self.files.files() }
+        Total {
+            bytes: self.bytes,
+            data_bytes: self.data_bytes,
+            files: self.files.files(),
+            small_bytes: self.small_bytes,
+            touched: self.touched.places(),
+        }
+    }
+}
+
+/// Commands that change what a base has, by what they change.
+///
+/// What is new in a tree stands together, in the order of inode numbers. What was there before is scattered: an inode, and the
+/// two entries of its name, one by its hash and one by its number.
+#[derive(Debug, Clone, Default)]
+struct Touched {
+    made: u64,
+    renamed: u64,
+    linked: u64,
+    removed: u64,
+    /// Every inode that changes gets new times in the end; new ones too.
+    changed: u64,
+}
+
+impl Touched {
+    fn update(&mut self, kind: Kind) {
+        match kind {
+            Kind::Mkfile | Kind::Mkdir | Kind::Mknod | Kind::Mkfifo | Kind::Mksock | Kind::Symlink => self.made += 1,
+            Kind::Rename => self.renamed += 1,
+            Kind::Link => self.linked += 1,
+            Kind::Unlink | Kind::Rmdir => self.removed += 1,
+            Kind::Utimes => self.changed += 1,
+            _ => {}
+        }
+    }
+
+    fn places(&self) -> u64 {
+        // A new inode is renamed once, from the kernel's name to its own: of that only the entry by hash is among older ones.
+        let renamed = self.renamed.saturating_sub(self.made);
+        let changed = self.changed.saturating_sub(self.made);
+        self.made + 5 * renamed + 2 * self.linked + 3 * self.removed + changed
     }
 }
 
@@ -149,11 +197,32 @@ mod tests {
                 without.update_extent(b"some/path", 100, length as u64);
                 with.utimes(b"").end();
                 without.utimes(b"").end();
-                let expected = Total { bytes: with.bytes.len() as u64, data_bytes: length as u64, files: 1 };
+                let expected = Total {
+                    bytes: with.bytes.len() as u64,
+                    data_bytes: length as u64,
+                    files: 1,
+                    small_bytes: 0,
+                    touched: 1,
+                };
                 assert_eq!(total(&without).0, expected, "version {version}, {length} bytes");
                 assert_eq!(total(&with).0, expected, "version {version}, {length} bytes");
             }
         }
+    }
+
+    #[test]
+    fn what_is_small_and_what_is_changed_is_told() {
+        let figures = |sample: &Sample| {
+            let total = total(sample.clone().end()).0;
+            (total.small_bytes, total.touched)
+        };
+        let mut sample = Sample::begun(2, None);
+        sample.make(Kind::Mkfile, b"o1").rename(b"o1", b"new").write(b"new", 0, &[1; 2048]).utimes(b"new");
+        assert_eq!(figures(&sample), (2048, 1));
+        sample.write(b"old", 0, &[1; 2049]).utimes(b"old").write(b"older", 1, b"x").utimes(b"older").utimes(b"");
+        assert_eq!(figures(&sample), (2048, 4));
+        sample.rename(b"a", b"b");
+        assert_eq!(figures(&sample), (2048, 9));
     }
 
     #[test]
