@@ -137,9 +137,9 @@ fn a_text_log_is_a_line_an_event_whatever_files_are_called() {
 #[test]
 fn a_terminal_gets_a_progress_bar() {
     let pair = Pair::with(&Settings { format: "text".to_owned(), ..Settings::default() }, Disks::default());
-    let _receiver = pair.receiver(&["run"]);
+    let receiver = pair.receiver(&["run"]);
     snapferry_tests::wait::until("the receiver listens", || {
-        _receiver.log().as_text().contains("listening").then_some(())
+        receiver.log().as_text().contains("listening").then_some(())
     });
     nar::grow(&pair.places.source, BYTES, 1).unwrap();
     pair.head.limit_rate(SLOW);
