@@ -32,6 +32,16 @@ pub struct Settings {
     pub reconnect_grace: String,
     /// `json` or `text`.
     pub format: String,
+    /// What of the log counts: `info`, or `debug` to hear of checkpoints.
+    pub level: Option<String>,
+    /// Whom the sender calls, `host:port`, in place of the receiver: somebody in between.
+    pub receiver_address: Option<String>,
+    /// What the sender keeps until it is acknowledged.
+    pub window: Option<String>,
+    /// Bytes between two checkpoints.
+    pub checkpoint: Option<String>,
+    /// `zstd` or `none`.
+    pub compression: Option<String>,
     /// Lines for the sender's table `[tls]` in place of `peers`.
     pub sender_trusts: Option<String>,
     /// Lines for the receiver's table `[tls]` in place of `peers`.
@@ -49,6 +59,11 @@ impl Default for Settings {
             progress_interval: "200ms".to_owned(),
             reconnect_grace: "5min".to_owned(),
             format: "json".to_owned(),
+            level: None,
+            receiver_address: None,
+            window: None,
+            checkpoint: None,
+            compression: None,
             sender_trusts: None,
             receiver_trusts: None,
         }
@@ -76,11 +91,13 @@ pub struct Places {
 #[must_use]
 pub fn sender(places: &Places, settings: &Settings, receiver_fingerprint: &str) -> String {
     let mut text = head(&places.sender, "head", "sender", settings, &settings.sender_trusts, receiver_fingerprint);
-    let _ = writeln!(text, "[receiver]\naddress = \"{MIRROR_ADDRESS}:{PORT}\"");
-    let _ = writeln!(text, "reconnect_grace = {:?}\n", settings.reconnect_grace);
+    let address = settings.receiver_address.clone().unwrap_or_else(|| format!("{MIRROR_ADDRESS}:{PORT}"));
+    let _ = writeln!(text, "[receiver]\naddress = {address:?}\nreconnect_grace = {:?}", settings.reconnect_grace);
+    text.push_str(&optional("window", &settings.window));
     let _ = writeln!(text, "[[volume]]\nname = \"{VOLUME}\"\nsource = {:?}", places.source);
     let _ = writeln!(text, "snapshot_dir = {:?}\ninterval = {:?}", places.snapshot_dir, settings.interval);
     let _ = writeln!(text, "keep = {{ last = {} }}\ndigest = {:?}", settings.sender_keeps, settings.digest);
+    text.push_str(&optional("compression", &settings.compression));
     text
 }
 
@@ -91,20 +108,27 @@ pub fn receiver(places: &Places, settings: &Settings, sender_fingerprint: &str) 
     let mut text = head(&places.receiver, "mirror", "receiver", settings, trusts, sender_fingerprint);
     let _ = writeln!(text, "[listen]\naddress = \"[::]:{PORT}\"\nreconnect_grace = {:?}\n", settings.reconnect_grace);
     let _ = writeln!(text, "[[volume]]\nname = \"{VOLUME}\"\nstore = {:?}", places.store);
-    let _ = writeln!(text, "publish = {:?}\nkeep = {{ last = {} }}\n", places.publish, settings.receiver_keeps);
+    let _ = writeln!(text, "publish = {:?}\nkeep = {{ last = {} }}", places.publish, settings.receiver_keeps);
+    text.push_str(&optional("checkpoint", &settings.checkpoint));
     let _ = writeln!(text, "[rsync]\nmode = {:?}", settings.rsync);
     text
 }
 
 fn head(dir: &Path, name: &str, stem: &str, settings: &Settings, trusts: &Option<String>, peer: &str) -> String {
     let trusts = trusts.clone().unwrap_or_else(|| format!("peers = [\"{peer}\"]"));
+    let level = optional("level", &settings.level);
     format!(
         "[agent]\nname = \"{name}\"\nstate_dir = {:?}\n\n[tls]\ncertificate = \"{stem}.crt\"\nprivate_key = \"{stem}.key\"\n\
-         {trusts}\n\n[log]\nformat = {:?}\nprogress_interval = {:?}\n\n",
+         {trusts}\n\n[log]\nformat = {:?}\nprogress_interval = {:?}\n{level}\n",
         dir.join("state"),
         settings.format,
         settings.progress_interval
     )
+}
+
+/// A line for a key that is in the file only if a test sets it.
+fn optional(key: &str, value: &Option<String>) -> String {
+    value.as_ref().map_or_else(String::new, |value| format!("{key} = {value:?}\n"))
 }
 
 /// Writes a file, making its directory if need be.

@@ -9,13 +9,19 @@
 use std::{
     ffi::OsStr,
     fs,
-    os::unix::{fs::MetadataExt, process::CommandExt},
+    os::{
+        fd::AsFd,
+        unix::{fs::MetadataExt, process::CommandExt},
+    },
     path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal};
+use rustix::{
+    process::{Pid, Signal},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 
 use crate::{lab::run, wait};
 
@@ -82,6 +88,12 @@ impl Host {
     pub fn set_link(&self, up: bool) {
         let state = if up { "up" } else { "down" };
         run(Command::new("ip").args(["-n", &self.namespace, "link", "set", INTERFACE, state]));
+    }
+
+    /// Moves the calling thread to this host: what it listens or connects to from now on, and in threads that it starts, is here.
+    pub fn enter(&self) {
+        let namespace = fs::File::open(self.file()).unwrap();
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
     }
 
     /// Whether the namespace is there.
