@@ -231,6 +231,8 @@ struct UnderWay {
     from: Start,
     /// Where the next block belongs; None before the sender has found the mark of the checkpoint.
     fed: Option<u64>,
+    /// What has come, and counts in `fed`, while the application had no room for it.
+    waiting: Option<Feed>,
     /// When the end of the stream came.
     ended: Option<Instant>,
 }
@@ -254,14 +256,14 @@ impl Transfer<'_> {
 
     /// The connection broke, and here is the next one of the same run.
     fn go_on(&self, parked: Parked) -> UnderWay {
-        let Parked { application, fed, ended, .. } = parked;
+        let Parked { application, fed, waiting, ended, .. } = parked;
         let from = match (fed, application.start) {
             (Some(fed), _) => Start::Byte(fed),
             (None, start) => start,
         };
         let (volume, snapshot) = (&self.volume.config.name, &self.offer.snapshot);
         tracing::info!(%volume, %snapshot, bytes = fed, stage = "transfer", "transfer goes on");
-        UnderWay { application, from, fed, ended }
+        UnderWay { application, from, fed, waiting, ended }
     }
 
     fn begin(&self, order: Order) -> Result<UnderWay, TransferError> {
@@ -273,7 +275,7 @@ impl Transfer<'_> {
         tracing::info!(%volume, %snapshot, base, total, durable = resumed, stage = "transfer", "transfer started");
         let from = application.start;
         let fed = (from == Start::Beginning).then_some(0);
-        Ok(UnderWay { application, from, fed, ended: None })
+        Ok(UnderWay { application, from, fed, waiting: None, ended: None })
     }
 
     async fn run(mut self, link: &mut SenderLink, mut under_way: UnderWay) -> Result<(), TransferError> {
@@ -302,21 +304,21 @@ impl Transfer<'_> {
     fn park(&mut self, under_way: UnderWay) {
         let serial = self.host.parkings.fetch_add(1, Ordering::Relaxed);
         let finished = under_way.application.finished.clone();
-        let UnderWay { application, fed, ended, .. } = under_way;
-        Volume::park(&mut self.turn, Parked { serial, offer: self.offer.clone(), application, fed, ended });
+        let UnderWay { application, fed, waiting, ended, .. } = under_way;
+        Volume::park(&mut self.turn, Parked { serial, offer: self.offer.clone(), application, fed, waiting, ended });
         tokio::spawn(watch_over(Arc::clone(self.host), Arc::clone(self.volume), serial, finished));
     }
 
     /// Feeds the application until it has a result.
     async fn drive(&self, link: &mut SenderLink, under_way: &mut UnderWay) -> Result<Verified, TransferError> {
-        let UnderWay { application, fed, ended, .. } = under_way;
+        let UnderWay { application, fed, waiting, ended, .. } = under_way;
         let mut acks = ticks(ACK_INTERVAL);
         let mut reports = ticks(self.host.progress_interval);
         let now = Instant::now();
         let mut progress =
             Progress::resume(now, application.gauge.ack().applied, self.offer.total.map(|total| total.bytes));
         let mut stall = Stall::new(now);
-        let (mut said, mut waiting) = (Ack::default(), None);
+        let mut said = Ack::default();
         let feed = application.feed.clone();
         loop {
             let ack = Ack { received: fed.unwrap_or(0), ..application.gauge.ack() };
@@ -328,15 +330,15 @@ impl Transfer<'_> {
                 incoming = link.next(), if waiting.is_none() => match (incoming?, *ended) {
                     (Incoming::Data(block), None) => {
                         *fed = Some(next_offset(&block, *fed)?);
-                        waiting = Some(Feed::Block(block));
+                        *waiting = Some(Feed::Block(block));
                     }
                     (Incoming::Message(ToReceiver::Resume { offset }), None) if fed.is_none() => {
                         *fed = Some(offset);
                         progress = Progress::resume(Instant::now(), offset, progress.total());
-                        waiting = Some(Feed::Resume(offset));
+                        *waiting = Some(Feed::Resume(offset));
                     }
                     (Incoming::Message(ToReceiver::End(end)), None) => {
-                        waiting = Some(Feed::End(end));
+                        *waiting = Some(Feed::End(end));
                         *ended = Some(Instant::now());
                     }
                     // Said again on another connection.

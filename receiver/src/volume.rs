@@ -18,7 +18,7 @@ use tokio::{sync::OwnedMutexGuard, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    apply::{Application, Order, Rhythm},
+    apply::{Application, Feed, Order, Rhythm},
     checkpoint::Checkpoint,
     config, prune,
     publish::{PublishError, Published, Publisher},
@@ -75,6 +75,8 @@ pub struct Parked {
     pub application: Application,
     /// Where the next block belongs; None before the sender has found the mark of the checkpoint.
     pub fed: Option<u64>,
+    /// What has come, and counts in `fed`, while the application had no room for it.
+    pub waiting: Option<Feed>,
     /// When the end of the stream came.
     pub ended: Option<Instant>,
 }
