@@ -162,7 +162,13 @@ impl<In: Message, Out: Message> Link<In, Out> {
     pub async fn close(mut self) {
         let (nowhere, _) = mpsc::channel(1);
         drop(std::mem::replace(&mut self.outbox.queue, nowhere));
-        let _ = timeout(MAX_CLOSING_TIME, &mut self.writing).await;
+        let farewell = async {
+            let _ = (&mut self.writing).await;
+            // Until the other side has closed too: a socket that is closed with something unread in it sends a reset, and that can
+            // overtake our last words.
+            while let Some(Ok(_)) = self.incoming.recv().await {}
+        };
+        let _ = timeout(MAX_CLOSING_TIME, farewell).await;
     }
 }
 

@@ -37,7 +37,7 @@ use crate::{
 const ACK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// And at least after so many: the sender keeps what is not acknowledged.
-const ACK_BYTES: u64 = 8 << 20;
+const ACK_BYTES: u64 = 1 << 20;
 
 /// The conversation as the receiver has it.
 pub type SenderLink = Link<ToReceiver, ToSender>;

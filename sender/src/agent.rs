@@ -1,6 +1,9 @@
 //! The agent: a loop of cycles for every volume, until it is told to stop.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use common::{lock::Lock, signals, snapshot::Snapshot};
 use jiff::Timestamp;
@@ -76,11 +79,12 @@ pub enum OnceError {
 async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
     volume.sweep().await;
     let mut retry = Retry::new();
+    let mut taken = None;
     while !shutdown.is_cancelled() {
-        let pause = match cycle(&volume, &shutdown).await {
+        let pause = match cycle(&volume, &shutdown, &mut taken).await {
             Ok(()) => {
                 retry = Retry::new();
-                until_due(&volume).await
+                until_due(&volume, taken).await
             }
             Err(error) if error.is_shutdown() => return,
             Err(error) => {
@@ -97,9 +101,14 @@ async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
 }
 
 /// Snapshot if one is due, ferry, prune. Pruning is done after a failure too: snapshots must not pile up while the receiver is away.
-async fn cycle(volume: &Arc<Volume>, shutdown: &CancellationToken) -> Result<(), CycleError> {
-    if until_due(volume).await.is_zero() {
+async fn cycle(
+    volume: &Arc<Volume>,
+    shutdown: &CancellationToken,
+    taken: &mut Option<Instant>,
+) -> Result<(), CycleError> {
+    if until_due(volume, *taken).await.is_zero() {
         volume.take_snapshot(shutdown).await?;
+        *taken = Some(Instant::now());
     }
     let mut reporter = Reporter::new(&volume.config.name, report::Style::Log);
     let ferried = volume.ferry(&mut reporter, shutdown).await;
@@ -109,7 +118,10 @@ async fn cycle(volume: &Arc<Volume>, shutdown: &CancellationToken) -> Result<(),
 }
 
 /// How long until the next snapshot is due; zero if it is, or if nobody knows.
-async fn until_due(volume: &Arc<Volume>) -> Duration {
+///
+/// `taken` is when this process took the last one. The names of snapshots say when they are due across restarts, but a clock that was set
+/// back makes the newest one of the future: by the names alone one snapshot would follow the other without a pause.
+async fn until_due(volume: &Arc<Volume>, taken: Option<Instant>) -> Duration {
     let asked = Arc::clone(volume);
     let found = spawn_blocking(move || asked.snapshots()).await;
     let newest: Option<Snapshot> = match found {
@@ -117,5 +129,7 @@ async fn until_due(volume: &Arc<Volume>) -> Duration {
         // Taking a snapshot will meet the same trouble and say so.
         Ok(Err(_)) | Err(_) => None,
     };
-    create::due_in(newest.as_ref().map(|newest| &newest.name), Timestamp::now(), volume.config.interval)
+    let interval = volume.config.interval;
+    let by_name = create::due_in(newest.as_ref().map(|newest| &newest.name), Timestamp::now(), interval);
+    taken.map_or(by_name, |taken| by_name.max(interval.saturating_sub(taken.elapsed())))
 }

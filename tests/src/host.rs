@@ -183,7 +183,9 @@ mod tests {
             .arg(lab.path().join("rsyncd.conf"))
             .spawn()
             .unwrap();
-        let fetch = || head.command("rsync").args(["-q", "rsync://10.77.0.2/m/data", "/dev/null"]).status().unwrap();
+        // Not into /dev/null: rsync puts a new file in its place.
+        let first = lab.path().join("first");
+        let fetch = || head.command("rsync").args(["-q", "rsync://10.77.0.2/m/data"]).arg(&first).status().unwrap();
         wait::until("the daemon answers", || fetch().success().then_some(()));
         assert!(mirror.process("rsync --daemon").is_some());
         assert!(head.process("rsync --daemon").is_none());
