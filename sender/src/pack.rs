@@ -86,8 +86,9 @@ pub enum PackError {
     /// zstd failed.
     #[error("cannot compress")]
     Compress(#[source] std::io::Error),
-    /// The kernel's stream is not one. If the send failed, its error is the cause and this only the effect.
-    #[error("the send stream of this machine's kernel is broken")]
+    /// The kernel's stream is not one. If the send failed, its error is the cause and this only the effect. And a send that is interrupted
+    /// by what no thread can block, a SIGSTOP or the freezer, begins again from its start in the middle of the stream.
+    #[error("the send stream of this machine's kernel is broken (was this process stopped meanwhile?)")]
     Stream(#[from] StreamError),
     /// The checkpoint is of another stream.
     #[error("the stream is not the one that the receiver has a checkpoint of: {0}")]

@@ -3,6 +3,7 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use common::{
+    exit::chain,
     progress::Report,
     snapshot::{Snapshot, VolumeName},
     stream::Total,
@@ -153,5 +154,5 @@ pub fn cycle_failed(volume: &VolumeName, error: &CycleError, retry: Option<Durat
         CycleError::Connect(_) => "receiver cannot be reached",
         _ => "cycle failed",
     };
-    tracing::warn!(volume = %volume, stage = error.stage().as_str(), error = %error, retry, "{message}");
+    tracing::warn!(volume = %volume, stage = error.stage().as_str(), error = chain(error), retry, "{message}");
 }

@@ -5,7 +5,7 @@
 //! test decides which. Everything is counted where it comes in: what the sender has sent, not what has arrived.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io::{ErrorKind, PipeWriter, Read, Write, pipe},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::AsFd,
@@ -100,8 +100,8 @@ struct Connection {
     ends: [TcpStream; 2],
     /// Ways that are still open.
     ways: u8,
-    /// Nothing passes.
-    hole: bool,
+    /// The ways that nothing passes any more.
+    mute: HashSet<Way>,
 }
 
 impl Link {
@@ -186,6 +186,13 @@ impl Link {
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
+    /// From now on nothing comes through the connections of the moment, that way, and nobody is told.
+    pub fn mute(&self, way: Way) {
+        self.shared.lock().open.values_mut().for_each(|connection| {
+            connection.mute.insert(way);
+        });
+    }
+
     /// Ends the connections of the moment, as [`Fault::Reset`] does. Returns how many there were.
     pub fn cut(&self) -> usize {
         let cut: Vec<_> = self.shared.lock().open.drain().collect();
@@ -233,7 +240,7 @@ impl Shared {
         // Connections of different plans must not share a key.
         let key = number | (u64::from(fastrand::u32(..)) << 32);
         let clone = |stream: &TcpStream| stream.try_clone().unwrap();
-        state.open.insert(key, Connection { ends: [clone(&sender), clone(&receiver)], ways: 2, hole: false });
+        state.open.insert(key, Connection { ends: [clone(&sender), clone(&receiver)], ways: 2, mute: HashSet::new() });
         let manner = state.manner;
         drop(state);
         for stream in [&sender, &receiver] {
@@ -301,15 +308,17 @@ impl Pump {
     fn look(&self, chunk: &mut [u8]) -> (usize, Option<Fault>) {
         let mut state = self.shared.lock();
         *state.passed.entry(self.way).or_default() += chunk.len() as u64;
-        if state.open.get(&self.key).is_some_and(|connection| connection.hole) {
+        if state.open.get(&self.key).is_some_and(|connection| connection.mute.contains(&self.way)) {
             return (0, Some(Fault::Hole));
         }
         let strikes = |trouble: &Trouble| (self.passed..self.passed + chunk.len() as u64).contains(&trouble.after);
         let struck = self.trouble.filter(strikes);
         if let Some(Trouble { fault, .. }) = struck {
             state.struck.push(fault);
-            if let Some(connection) = state.open.get_mut(&self.key) {
-                connection.hole = fault == Fault::Hole;
+            if fault == Fault::Hole
+                && let Some(connection) = state.open.get_mut(&self.key)
+            {
+                connection.mute.extend([Way::Out, Way::Back]);
             }
         }
         drop(state);

@@ -193,6 +193,13 @@ impl Trial {
         self.receiver = Some(receiver);
     }
 
+    /// Starts the receiver, and the sender as soon as it can be received.
+    pub fn start(&mut self) {
+        self.start_receiver();
+        self.receiver().wait_for("listening");
+        self.start_sender();
+    }
+
     /// Ends the sender as a power cut would.
     pub fn kill_sender(&mut self) {
         self.sender.take().expect("no sender runs").kill();

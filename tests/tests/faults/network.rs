@@ -15,22 +15,23 @@ const BULK: u64 = 80_000_000;
 /// Bytes of one that takes long for each byte.
 const LITTLE: u64 = 1_500_000;
 
-/// Bytes of a handshake, about: what strikes within them strikes before the conversation.
+/// More bytes than the sender says before the first block of the stream.
 const HANDSHAKE: u64 = 6000;
+/// Bytes that the receiver says in any case: what strikes within them strikes before the conversation.
+const ANSWER: u64 = 800;
 
 /// A pair with a source of about so many bytes, and nothing sent yet.
 fn prepared(seed: u64, bytes: u64) -> (Trial, Transfer) {
     let mut trial = Trial::new(seed);
-    grow(trial.source(), seed, bytes);
     change::randomly(trial.source(), seed, 50);
+    grow(trial.source(), seed, bytes);
     let transfer = trial.take();
     (trial, transfer)
 }
 
 /// Lets the transfer run while the link does as planned, then without further trouble.
 fn survived(mut trial: Trial, mut transfer: Transfer) -> Books {
-    trial.start_receiver();
-    trial.start_sender();
+    trial.start();
     // What strikes later is counted below: only then is it known how often.
     let arrived = trial.during(&transfer, |_| None::<()>);
     assert!(arrived.is_none());
@@ -54,7 +55,7 @@ fn plan(trial: &mut Trial, stream: u64, count: u64, kinds: &'static [Fault]) {
         let (way, after) = match rng.u8(..10) {
             0..7 => (Way::Out, further),
             7 => (Way::Out, rng.u64(..HANDSHAKE)),
-            _ => (Way::Back, rng.u64(..HANDSHAKE)),
+            _ => (Way::Back, rng.u64(..ANSWER)),
         };
         let (way, after) = if number == 0 { (Way::Out, HANDSHAKE + further) } else { (way, after) };
         Some(Trouble { way, after, fault })
@@ -109,11 +110,16 @@ pub fn hole(seed: u64) -> Books {
 
 /// A black hole that swallows what the receiver answers.
 pub fn deaf(seed: u64) -> Books {
-    let (mut trial, transfer) = prepared(seed, BULK / 4);
-    let after = HANDSHAKE + trial.rng.u64(..500);
-    trial.link.plan(move |number| (number == 0).then_some(Trouble { way: Way::Back, after, fault: Fault::Hole }));
-    let books = survived(trial, transfer);
-    assert_eq!((books.interruptions, books.at_byte), (1, 1), "{books:?}");
+    let (mut trial, mut transfer) = prepared(seed, BULK / 4);
+    trial.start();
+    let wanted = trial.rng.u64(HANDSHAKE..transfer.stream / 2);
+    let there = trial.during(&transfer, |trial| (trial.link.passed(Way::Out) >= wanted).then_some(()));
+    assert!(there.is_some(), "the transfer was over too early");
+    trial.link.mute(Way::Back);
+    trial.interrupted(&mut transfer, 1, Cost::Connection);
+    trial.arrives(&transfer);
+    let books = trial.end();
+    assert_eq!((books.at_byte, books.at_checkpoint), (1, 0), "{books:?}");
     books
 }
 
