@@ -53,6 +53,8 @@ impl Checkpoint {
     pub fn load(store: &Store) -> Option<Self> {
         let volume = store.volume();
         match durable::load::<Self>(&record(store)) {
+            // The last crash came between the completion of the snapshot and the removal of the record.
+            Ok(Some(checkpoint)) if checkpoint.is_spent(store) => None,
             Ok(Some(checkpoint)) if checkpoint.stands(store) => Some(checkpoint),
             Ok(Some(checkpoint)) => {
                 let snapshot = &checkpoint.snapshot;
@@ -91,7 +93,12 @@ impl Checkpoint {
         self.snapshot == offer.snapshot && self.base == offer.base && self.stream_version == offer.stream_version
     }
 
-    /// Whether its segment is there, complete, and the snapshot itself is not.
+    /// Whether the snapshot itself is complete: then there is nothing to go on with. A store that cannot be read shows nothing.
+    fn is_spent(&self, store: &Store) -> bool {
+        store.find(self.snapshot.id).is_ok_and(|found| found.is_some())
+    }
+
+    /// Whether its segment is there, complete.
     fn stands(&self, store: &Store) -> bool {
         let path = store.dir().join(segment_name(&self.snapshot.name, self.segment));
         let info = Subvolume::open(&path).and_then(|segment| segment.info());
