@@ -28,6 +28,7 @@ pub mod host;
 pub mod lab;
 pub mod link;
 pub mod manifest;
+pub mod measure;
 pub mod nar;
 pub mod pair;
 pub mod pki;

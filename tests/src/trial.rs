@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -14,15 +14,15 @@ use rustix::process::{Pid, Signal};
 
 use crate::{
     agent::Agent,
-    btrfs,
     config::{Settings, VOLUME},
     event::{Event, Log},
-    host::MIRROR_ADDRESS,
+    host::{Host, MIRROR_ADDRESS},
     lab,
     link::{Link, Way},
     manifest,
+    measure::{entries, largest_file, stream_bytes},
     pair::{Disks, Pair, name},
-    programs::{self, RECEIVER},
+    programs::{self, RECEIVER, SENDER},
     wait,
     watch::{MARKER, Watcher},
 };
@@ -104,6 +104,10 @@ pub struct Trial {
     pub rng: Rng,
     /// How the agents are configured.
     pub settings: Settings,
+    /// Environment variables of senders that are started from now on.
+    pub sender_environment: Vec<(&'static str, String)>,
+    /// And of receivers.
+    pub receiver_environment: Vec<(&'static str, String)>,
     receiver_logs: Vec<Log>,
     sender_logs: Vec<Log>,
     books: Books,
@@ -119,7 +123,16 @@ impl Trial {
     /// The same with other disks and settings.
     #[must_use]
     pub fn with(seed: u64, disks: Disks, change: impl FnOnce(&mut Settings)) -> Self {
-        let mut settings = Settings {
+        let mut settings = Self::settings();
+        change(&mut settings);
+        let pair = Pair::with(&settings, disks);
+        Self::of(seed, pair, settings)
+    }
+
+    /// For short transfers with many checkpoints, over the faulty link; everything else as it is by default.
+    #[must_use]
+    pub fn settings() -> Settings {
+        Settings {
             rsync: "off".to_owned(),
             level: Some("debug".to_owned()),
             receiver_address: Some(Link::address()),
@@ -129,9 +142,12 @@ impl Trial {
             // What compression spares would hide what is sent again.
             compression: Some("none".to_owned()),
             ..Settings::default()
-        };
-        change(&mut settings);
-        let pair = Pair::with(&settings, disks);
+        }
+    }
+
+    /// The same around a pair that is configured with these settings.
+    #[must_use]
+    pub fn of(seed: u64, pair: Pair, settings: Settings) -> Self {
         let link = Link::start(&pair.head, MIRROR_ADDRESS);
         let watcher = Watcher::start(&pair.live(), &pair.places.snapshot_dir);
         Self {
@@ -142,6 +158,8 @@ impl Trial {
             pair,
             rng: Rng::with_seed(seed),
             settings,
+            sender_environment: Vec::new(),
+            receiver_environment: Vec::new(),
             receiver_logs: Vec::new(),
             sender_logs: Vec::new(),
             books: Books::default(),
@@ -170,27 +188,23 @@ impl Trial {
 
     /// Starts the sender.
     pub fn start_sender(&mut self) {
-        self.adopt_sender(self.pair.sender(&["run"]));
-    }
-
-    /// Takes a sender over that was started otherwise.
-    pub fn adopt_sender(&mut self, sender: Agent) {
+        let sender = self.start_one(&self.pair.head, SENDER, &self.sender_environment, &["run"]);
         self.sender_logs.push(sender.log().clone());
         self.sender = Some(sender);
     }
 
     /// Starts the receiver; it may take a moment until it listens.
     pub fn start_receiver(&mut self) {
-        self.start_receiver_with(&[]);
-    }
-
-    /// Starts the receiver with these environment variables.
-    pub fn start_receiver_with(&mut self, environment: &[(&str, &str)]) {
-        let mut command = self.pair.mirror.command(programs::path(RECEIVER));
-        command.envs(environment.iter().copied()).arg("--config").arg(self.pair.receiver_config());
-        let receiver = Agent::start(command, ["run"]);
+        let receiver = self.start_one(&self.pair.mirror, RECEIVER, &self.receiver_environment, &["run"]);
         self.receiver_logs.push(receiver.log().clone());
         self.receiver = Some(receiver);
+    }
+
+    fn start_one(&self, host: &Host, program: &str, environment: &[(&str, String)], arguments: &[&str]) -> Agent {
+        let config = if program == SENDER { self.pair.sender_config() } else { self.pair.receiver_config() };
+        let mut command = host.command(programs::path(program));
+        command.envs(environment.iter().cloned()).arg("--config").arg(config);
+        Agent::start(command, arguments)
     }
 
     /// Starts the receiver, and the sender as soon as it can be received.
@@ -239,8 +253,11 @@ impl Trial {
         self.stop();
         let marker = format!("{:016x}", self.rng.u64(..));
         fs::write(self.source().join(MARKER), &marker).unwrap();
-        self.pair.run_once().expect(4);
-        self.announce(&self.pair.newest())
+        let before = self.pair.snapshots();
+        self.start_one(&self.pair.head, SENDER, &self.sender_environment, &["run", "--once"]).wait().expect(4);
+        let taken: Vec<_> = self.pair.snapshots().into_iter().filter(|path| !before.contains(path)).collect();
+        assert_eq!(taken.len(), 1, "{taken:?}");
+        self.announce(&taken[0])
     }
 
     /// A snapshot that is there already is the next to go.
@@ -296,18 +313,31 @@ impl Trial {
         }
     }
 
+    /// Waits until the snapshot is published.
+    #[track_caller]
+    pub fn arrived(&mut self, transfer: &Transfer) {
+        let arrived = wait::within(TRANSFER_DEADLINE, || {
+            let running = |agent: &mut Option<Agent>| agent.as_mut().is_none_or(Agent::is_running);
+            let alive = running(&mut self.sender) && running(&mut self.receiver);
+            (self.has_arrived(transfer) || !alive).then_some(())
+        });
+        assert!(
+            arrived.is_some() && self.has_arrived(transfer),
+            "{} does not arrive:\n{}",
+            transfer.snapshot,
+            self.logs()
+        );
+    }
+
     /// Waits until the snapshot is published, and sees that all is as it should be: an equal replica, nothing wrong in front of it, no
     /// more bytes over the network than allowed.
     #[track_caller]
     pub fn arrives(&mut self, transfer: &Transfer) {
-        let arrived = wait::within(TRANSFER_DEADLINE, || {
-            let running = |agent: &mut Option<Agent>| agent.as_mut().is_none_or(Agent::is_running);
-            let alive = running(&mut self.sender) && running(&mut self.receiver);
-            (self.has_arrived(transfer) || !alive).then_some(alive || self.has_arrived(transfer))
-        });
-        assert_eq!(arrived, Some(true), "{} does not arrive:\n{}", transfer.snapshot, self.logs());
+        self.arrived(transfer);
         let network = self.link.passed(Way::Out) - transfer.passed;
-        self.pair.assert_arrived();
+        let (sent, replica) = (&self.pair.places.snapshot_dir, &self.pair.places.store);
+        manifest::assert_replica(&sent.join(&transfer.snapshot), &replica.join(&transfer.snapshot));
+        assert_eq!(self.pair.published().as_ref(), Some(&transfer.snapshot), "the snapshot should be published");
         self.watcher.check();
         let most = transfer.stream + transfer.stream / OVERHEAD_SHARE + GREETINGS + transfer.allowed;
         assert!(
@@ -360,7 +390,7 @@ impl Trial {
         }
         let states = [
             (&places.sender, vec!["substitutes.toml"]),
-            (&places.receiver, vec!["receive", "substitutes.publish.toml"]),
+            (&places.receiver, vec!["receive", "rsyncd.conf", "substitutes.publish.toml"]),
         ];
         for (dir, expected) in states {
             let dir = dir.join("state");
@@ -394,65 +424,4 @@ impl Trial {
             }
         }
     }
-}
-
-/// The names in a directory, sorted.
-#[must_use]
-pub fn entries(dir: &Path) -> Vec<String> {
-    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
-    let mut names: Vec<String> = names.collect();
-    names.sort();
-    names
-}
-
-/// How long the stream of a snapshot is, as `btrfs send` says.
-#[must_use]
-pub fn stream_bytes(snapshot: &Path, base: Option<&Path>) -> u64 {
-    stream_of(snapshot, base, "wc -c").parse().unwrap()
-}
-
-/// The digest of the stream of a snapshot.
-#[must_use]
-pub fn stream_digest(snapshot: &Path, base: Option<&Path>) -> String {
-    stream_of(snapshot, base, "sha256sum")
-}
-
-fn stream_of(snapshot: &Path, base: Option<&Path>, measure: &str) -> String {
-    let base = base.map(|base| format!("-p {}", base.display())).unwrap_or_default();
-    let script = format!("set -o pipefail; btrfs -q send --proto 2 {base} {} | {measure}", snapshot.display());
-    lab::run(Command::new("bash").args(["-ec", &script])).trim().to_owned()
-}
-
-fn largest_file(dir: &Path) -> u64 {
-    let below = |entry: fs::DirEntry| match entry.metadata() {
-        Ok(meta) if meta.is_dir() => largest_file(&entry.path()),
-        // Holes are not sent.
-        Ok(meta) => std::os::unix::fs::MetadataExt::blocks(&meta) * 512,
-        Err(_) => 0,
-    };
-    fs::read_dir(dir).unwrap().flatten().map(below).max().unwrap_or(0)
-}
-
-/// Adds so many bytes in files of at most half a megabyte, in a directory of their own. The same seed adds the same.
-pub fn grow(source: &Path, seed: u64, bytes: u64) {
-    let mut rng = Rng::with_seed(seed);
-    let dir = source.join(format!("bulk-{seed:016x}"));
-    let mut grown = 0;
-    for number in 0.. {
-        let part: PathBuf = dir.join((number / 50).to_string());
-        fs::create_dir_all(&part).unwrap();
-        let mut data = vec![0; rng.usize(..500_000)];
-        rng.fill(&mut data);
-        fs::write(part.join(number.to_string()), &data).unwrap();
-        grown += data.len() as u64;
-        if grown >= bytes {
-            break;
-        }
-    }
-    btrfs::sync(source);
-}
-
-/// Panics unless two trees are equal.
-pub fn assert_equal(source: &Path, replica: &Path) {
-    manifest::assert_replica(source, replica);
 }

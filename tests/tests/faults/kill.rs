@@ -5,11 +5,13 @@ use std::{thread::sleep, time::Duration};
 use rustix::process::Signal;
 use snapferry_tests::{
     change,
-    link::Way,
+    measure::grow,
     suite::times,
     tree,
-    trial::{Books, Cost, Transfer, Trial, grow},
+    trial::{Books, Cost, Transfer, Trial},
 };
+
+use crate::moment;
 
 /// Bytes of bulk in each transfer, beside every kind of file.
 const BULK: u64 = 60_000_000;
@@ -67,43 +69,11 @@ fn survived(victim: Victim, seed: u64) -> Books {
 /// Kills so many times, or until the transfer is over.
 fn strike(trial: &mut Trial, transfer: &mut Transfer, victim: Victim, kills: u64) -> u64 {
     for struck in 0..kills {
-        if !moment(trial, transfer, kills - struck) || !kill(trial, transfer, victim) {
+        if !moment::wait(trial, transfer, kills - struck) || !kill(trial, transfer, victim) {
             return struck;
         }
     }
     kills
-}
-
-/// Waits for a random moment. False if the transfer is over before it comes.
-fn moment(trial: &mut Trial, transfer: &Transfer, left: u64) -> bool {
-    let jitter = |trial: &mut Trial, most: u64| sleep(Duration::from_micros(trial.rng.u64(..most * 1000)));
-    match trial.rng.u8(..10) {
-        // In the beginning: handshake, plan, fast-forward.
-        0 | 1 => jitter(trial, 300),
-        // Around a checkpoint.
-        2 | 3 => {
-            let checkpoints = |trial: &Trial| trial.receiver().log().all("checkpoint").len();
-            let before = checkpoints(trial);
-            if trial.during(transfer, |trial| (checkpoints(trial) > before).then_some(())).is_none() {
-                return false;
-            }
-            jitter(trial, 30);
-        }
-        // At the end: verify, publish.
-        4.. if left == 1 && trial.rng.bool() => {
-            let verified = |trial: &Trial| !trial.receiver().log().all("verified").is_empty();
-            if trial.during(transfer, |trial| verified(trial).then_some(())).is_none() {
-                return false;
-            }
-            jitter(trial, 10);
-        }
-        _ => {
-            let further = trial.rng.u64(..transfer.stream / 6);
-            let wanted = trial.link.passed(Way::Out) + further;
-            return trial.during(transfer, |trial| (trial.link.passed(Way::Out) >= wanted).then_some(())).is_some();
-        }
-    }
-    true
 }
 
 /// Kills, and starts again what was killed. False if there was nobody to kill any more.

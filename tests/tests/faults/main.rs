@@ -6,8 +6,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod disk;
 mod kill;
+mod moment;
 mod network;
+mod power;
+mod reboot;
+mod source;
 mod stop;
 
 use std::process::ExitCode;
@@ -31,6 +36,11 @@ static SCENARIOS: &[Scenario] = &[
     survives("kill_receiver", "kill -9 of the receiver", kill::receiver),
     survives("kill_receive", "kill -9 of btrfs receive", kill::receive),
     survives("kill_both", "kill -9 of both agents", kill::both),
+    survives("power", "power cut of the mirror box", power::cuts),
+    survives("crashes", "receiver dies in each numbered step, clients stay", reboot::crashes),
+    survives("reboots", "mirror box reboots in each numbered step", reboot::reboots),
+    survives("disk_full", "disk full until somebody makes room", disk::full),
+    survives("other_bytes", "source written to, defragmented, balanced meanwhile", source::changes),
     survives("cuts", "cuts at random bytes", network::cuts),
     survives("flips", "one bit flipped", network::flips),
     survives("half_closes", "half-closed connections", network::half_closes),

@@ -6,8 +6,9 @@ use std::time::Duration;
 use snapferry_tests::{
     change,
     link::{Fault, Manner, Trouble, Way},
+    measure::grow,
     suite::times,
-    trial::{Books, Cost, Transfer, Trial, grow},
+    trial::{Books, Cost, Transfer, Trial},
 };
 
 /// Bytes of a transfer that many faults strike.

@@ -4,7 +4,8 @@
 use rustix::process::Signal;
 use snapferry_tests::{
     link::Way,
-    trial::{Books, Cost, Transfer, Trial, grow},
+    measure::grow,
+    trial::{Books, Cost, Transfer, Trial},
 };
 
 const BULK: u64 = 40_000_000;
