@@ -355,6 +355,7 @@ impl<V: Visit> Walker<'_, V> {
         if self.stop.load(Ordering::Relaxed) || self.queue.has_failed() {
             return Err(WalkError::Stopped);
         }
+        self.seen.fetch_add(entries.items.len() as u64, Ordering::Relaxed);
         let mut path = open.path.clone();
         if !path.is_empty() {
             path.push(b'/');
@@ -374,7 +375,6 @@ impl<V: Visit> Walker<'_, V> {
                 }
             }
         }
-        self.seen.fetch_add(entries.items.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 
