@@ -82,7 +82,7 @@ fn strike(trial: &mut Trial, transfer: &Transfer, left: u64) -> bool {
     let all = |signal| {
         processes.iter().for_each(|(pid, _)| {
             let _ = kill_process(*pid, signal);
-        })
+        });
     };
     all(Signal::STOP);
     let outer = trial.pair.lab.path().join("outer");

@@ -87,7 +87,7 @@ fn disturb(trial: &mut Trial, round: u64) {
     match round % 4 {
         0 => overwrite(&source, &mut trial.rng),
         1 => {
-            drop(lab::run(Command::new("btrfs").args(["-q", "filesystem", "defragment", "-r", "-czstd"]).arg(&source)))
+            drop(lab::run(Command::new("btrfs").args(["-q", "filesystem", "defragment", "-r", "-czstd"]).arg(&source)));
         }
         2 => drop(lab::run(Command::new("btrfs").args(["-q", "balance", "start", "--full-balance"]).arg(&source))),
         _ => change::randomly(&source, round, 30),
