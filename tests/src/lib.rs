@@ -22,6 +22,7 @@
 pub mod agent;
 pub mod btrfs;
 pub mod change;
+pub mod clock;
 pub mod config;
 pub mod event;
 pub mod host;

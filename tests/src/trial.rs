@@ -54,6 +54,8 @@ pub enum Cost {
     Crash,
     /// Only the connection was lost.
     Connection,
+    /// The checkpoint was lost as well: all of it again.
+    Everything,
 }
 
 /// What came of the transfers of a trial.
@@ -285,6 +287,7 @@ impl Trial {
         let each = match cost {
             Cost::Crash => CHECKPOINT + WINDOW + CRASH_SLACK + self.largest(transfer),
             Cost::Connection => WINDOW + CONNECTION_SLACK,
+            Cost::Everything => transfer.stream + transfer.stream / OVERHEAD_SHARE + WINDOW + CRASH_SLACK,
         };
         transfer.allowed += times * each;
         self.books.interruptions += times;

@@ -6,10 +6,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod clock;
 mod disk;
 mod kill;
 mod moment;
 mod network;
+mod operator;
 mod power;
 mod reboot;
 mod source;
@@ -17,13 +19,20 @@ mod stop;
 
 use std::process::ExitCode;
 
-use snapferry_tests::suite::{self, Scenario};
+use snapferry_tests::{
+    suite::{self, Scenario},
+    trial::Books,
+};
 
 /// Scenarios at a time: some of them mostly wait.
 const WIDTH: usize = 3;
 
-const fn survives(name: &'static str, fault: &'static str, run: fn(u64) -> snapferry_tests::trial::Books) -> Scenario {
+const fn survives(name: &'static str, fault: &'static str, run: fn(u64) -> Books) -> Scenario {
     Scenario { name, fault, from_nothing: 0, run }
+}
+
+const fn loses(name: &'static str, fault: &'static str, from_nothing: u64, run: fn(u64) -> Books) -> Scenario {
+    Scenario { name, fault, from_nothing, run }
 }
 
 static SCENARIOS: &[Scenario] = &[
@@ -41,6 +50,12 @@ static SCENARIOS: &[Scenario] = &[
     survives("reboots", "mirror box reboots in each numbered step", reboot::reboots),
     survives("disk_full", "disk full until somebody makes room", disk::full),
     survives("other_bytes", "source written to, defragmented, balanced meanwhile", source::changes),
+    loses("snapshot_deleted", "sender's snapshot deleted", 1, operator::snapshot),
+    loses("base_deleted", "sender's base deleted", 1, operator::base),
+    loses("segment_deleted", "receiver's checkpoint deleted", 1, operator::checkpoint),
+    loses("replica_deleted", "receiver's base, published, deleted", 1, operator::replica),
+    survives("piece_deleted", "segment under way deleted", operator::segment),
+    survives("clocks", "clocks hours apart, and set back", clock::apart),
     survives("cuts", "cuts at random bytes", network::cuts),
     survives("flips", "one bit flipped", network::flips),
     survives("half_closes", "half-closed connections", network::half_closes),
