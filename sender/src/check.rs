@@ -1,12 +1,17 @@
 //! `check`: what is wrong with the machine, given a configuration that is right in itself.
 
+use std::{os::fd::AsFd, sync::atomic::AtomicBool, time::Duration};
+
 use common::{btrfs, exit::Exit, findings::Findings, size::human_duration};
+use jiff::Timestamp;
 
 use crate::{
     config::{Config, Volume},
     connect::connect,
     create::Site,
+    filter::check::{CheckError, everything},
     setup,
+    walk::{self, Options},
 };
 
 /// Nested subvolumes that are named; the number of all is said too.
@@ -58,5 +63,28 @@ fn check_volume(findings: &mut Findings, volume: &Volume) {
         Ok(false) => findings.good(&format!("{name}: quotas are off")),
         Err(error) => findings.error(&error),
     }
+    if volume.filter.guix_cache {
+        check_cache(findings, volume, &site);
+    }
     findings.good(&format!("{name}: a snapshot every {}", human_duration(volume.interval)));
+}
+
+/// Every narinfo of the source that the filter leaves, as it is now.
+fn check_cache(findings: &mut Findings, volume: &Volume, site: &Site) {
+    let (name, stop) = (&volume.name, AtomicBool::new(false));
+    let rules = volume.filter.at(Timestamp::now());
+    let options = Options { threads: walk::threads(), stop: &stop, tick_interval: Duration::from_secs(1) };
+    match everything(site.source().as_fd(), &rules, &options, |_| {}) {
+        Ok(good) => {
+            findings.good(&format!("{name}: {} narinfos name nars that are there", good.narinfos));
+            if good.partly_excluded > 0 {
+                findings.note(&format!(
+                    "{name}: {} of them also name nars that exclude takes away: a client that prefers those has to go on to the next",
+                    good.partly_excluded
+                ));
+            }
+        }
+        Err(CheckError::Broken(broken)) => findings.bad(&format!("{name}: {broken}")),
+        Err(error) => findings.error(&error),
+    }
 }

@@ -16,7 +16,10 @@ use common::{
 use jiff::{SignedDuration, Timestamp};
 use rustix::io::Errno;
 
-use crate::{filter::Filter, walk::WalkError};
+use crate::{
+    filter::{Filter, check::CheckError},
+    walk::WalkError,
+};
 
 /// How many seconds ahead of the clock a name may be when those before are taken. More than anybody needs: a name is taken only if
 /// there are two snapshots within a second, or if the clock was set back.
@@ -71,6 +74,16 @@ pub enum CreateError {
     /// What is excluded cannot be removed from the snapshot.
     #[error("cannot filter the snapshot: {0}")]
     Filter(#[from] WalkError),
+    /// It is no cache of `guix publish` that could be published.
+    #[error("the snapshot is not fit to be published, and removed again: {0}")]
+    Check(#[from] CheckError),
+}
+
+impl CreateError {
+    /// Whether it was [`Order::stop`].
+    pub fn is_stop(&self) -> bool {
+        matches!(self, Self::Filter(WalkError::Stopped) | Self::Check(CheckError::Walk(WalkError::Stopped)))
+    }
 }
 
 /// A snapshot that is wanted.
@@ -86,6 +99,8 @@ pub struct Order<'a> {
     pub stop: &'a AtomicBool,
     /// How often the log says how far it is.
     pub progress_interval: Duration,
+    /// Where it is kept which snapshot was found fit to be published.
+    pub checked_file: &'a Path,
 }
 
 /// A source and the directory of its snapshots, found fit for each other.
@@ -126,8 +141,8 @@ impl Site {
 
     /// Makes a snapshot as wanted. It is complete as soon as it has its name, and on disk on return.
     ///
-    /// Without a filter it is a plain snapshot of the source, unless that would be older than the newest one: a filtered one is changed
-    /// after it was taken, so a source that rested since then has the smaller ctransid. Then it is made like a filtered one.
+    /// Without a filter and a check it is a plain snapshot of the source, unless that would be older than the newest one: a filtered one
+    /// is changed after it was taken, so a source that rested since then has the smaller ctransid. Then it is made like a filtered one.
     ///
     /// # Errors
     /// See [`CreateError`]; there is no snapshot then.
@@ -135,11 +150,12 @@ impl Site {
         let newest = btrfs::snapshots(&self.dir, order.volume)?.into_iter().next();
         let source = self.source.info()?;
         let is_behind = newest.is_some_and(|newest| newest.info.ctransid > source.ctransid);
-        if order.filter.is_idle() && !is_behind {
-            self.sweep(order.volume)?;
+        let access = if order.filter.is_idle() && !is_behind { Access::ReadOnly } else { Access::Writable };
+        self.sweep(order.volume)?;
+        if access == Access::ReadOnly && !order.filter.guix_cache {
             return self.create(order.volume, order.now);
         }
-        self.create_filtered(order)
+        self.create_from_draft(order, access)
     }
 
     /// Takes a read-only snapshot, named by the time `now` or by the next second whose name is free. It is on disk on return.

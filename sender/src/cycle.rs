@@ -35,7 +35,6 @@ use crate::{
     report::Reporter,
     send::{SendError, Source, TotalPass},
     unsent,
-    walk::WalkError,
 };
 
 /// An increment's total is usually known within this time; then the offer carries it. Else it follows.
@@ -168,6 +167,7 @@ impl Volume {
     /// See [`CreateError`].
     pub async fn take_snapshot(&self, shutdown: &CancellationToken) -> Result<(), CycleError> {
         let (config, progress_interval) = (self.config.clone(), self.progress_interval);
+        let checked_file = self.state_file.with_extension("guix.toml");
         let stop = Arc::new(AtomicBool::new(false));
         let (told, started) = (stop.clone(), Instant::now());
         let mut taking = pin!(blocking(move || {
@@ -177,6 +177,7 @@ impl Volume {
                 filter: &config.filter,
                 stop: &told,
                 progress_interval,
+                checked_file: &checked_file,
             };
             Site::open(&config.source, &config.snapshot_dir)?.take(&order)
         }));
@@ -188,7 +189,7 @@ impl Volume {
             }
         };
         let taken = match taken {
-            Err(CreateError::Filter(WalkError::Stopped)) => return Err(CycleError::Shutdown),
+            Err(error) if error.is_stop() => return Err(CycleError::Shutdown),
             taken => taken?,
         };
         let seconds = started.elapsed().as_secs_f64();

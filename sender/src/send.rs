@@ -103,6 +103,11 @@ impl Source {
         self.start("send", version, Sending::All, || {})
     }
 
+    /// Starts to say what it would send, without file data: what changed against the base.
+    pub fn changes(&self, version: u32) -> Result<Stream, SendError> {
+        self.start("send-changes", version, Sending::NoFileData, || {})
+    }
+
     /// Where the snapshot was opened.
     pub fn path(&self) -> &Path {
         self.snapshot.path()

@@ -13,6 +13,7 @@ use snapferry_tests::{
     agent::Agent,
     btrfs, change,
     manifest::{Manifest, View},
+    nar,
     pair::{Pair, name},
     programs::{self, SENDER},
 };
@@ -191,4 +192,64 @@ fn a_crash_behind_any_step_of_a_filter_run_is_mended() {
         assert!(pair.snapshots().iter().all(|snapshot| !name(snapshot).ends_with(".filtering")));
         assert_eq!(fs::read_dir(pair.live()).unwrap().count(), step);
     }
+}
+
+#[test]
+fn a_narinfo_without_its_nar_is_not_published() {
+    let pair = Pair::new();
+    let _receiver = pair.start_receiver();
+    let source = &pair.places.source;
+    nar::grow(source, 3_000_000, 1).unwrap();
+    configure(&pair, "exclude = [\"lzip/\"]\nguix_cache = true");
+    pair.ferry();
+    pair.assert_arrived();
+    assert_eq!(nar::broken(&pair.live()), Vec::<std::path::PathBuf>::new());
+    assert!(!pair.live().join("lzip").exists() && pair.live().join("hashes").exists());
+    let published = pair.published();
+
+    let of_zstd = fs::read_dir(source.join("zstd")).unwrap().map(|entry| entry.unwrap().path());
+    let nar = of_zstd.into_iter().find(|path| path.extension().unwrap() == "nar").unwrap();
+    let (narinfo, aside) = (nar.with_extension("narinfo"), source.join("aside"));
+    fs::rename(&nar, &aside).unwrap();
+    let snapshots = pair.snapshots();
+    let said = pair.run_once().expect(1).log.only("cycle failed").text("error").to_owned();
+    assert!(said.contains("1 narinfo ") && said.contains(&name(&narinfo)), "{said}");
+    assert_eq!((pair.snapshots(), pair.published()), (snapshots, published));
+    pair.sender(&["check"]).wait().expect(1).expect_said(&name(&narinfo));
+    fs::rename(&aside, &nar).unwrap();
+    pair.sender(&["check"]).wait().expect(0).expect_said("narinfos name nars that are there");
+    pair.ferry();
+    pair.assert_arrived();
+}
+
+#[test]
+fn an_item_goes_by_age_as_a_whole() {
+    let pair = Pair::new();
+    let _receiver = pair.start_receiver();
+    let source = &pair.places.source;
+    nar::grow(source, 3_000_000, 2).unwrap();
+    configure(&pair, "max_age = \"30d\"\nguix_cache = true");
+    pair.ferry();
+    let all = Manifest::of(&pair.live(), View::Client).len();
+    // Two items become old, one of them but for one file.
+    let stems: Vec<String> = fs::read_dir(source.join("hashes"))
+        .unwrap()
+        .map(|hash| name(Path::new(fs::read_to_string(hash.unwrap().path()).unwrap().trim())))
+        .take(2)
+        .collect();
+    for stem in &stems {
+        for file in ["zstd/nar", "zstd/narinfo", "lzip/nar", "lzip/narinfo"] {
+            let (dir, suffix) = file.split_once('/').unwrap();
+            if *stem == stems[0] || file != "lzip/nar" {
+                let file = File::open(source.join(dir).join(format!("{stem}.{suffix}"))).unwrap();
+                file.set_modified(std::time::UNIX_EPOCH).unwrap();
+            }
+        }
+    }
+    pair.ferry();
+    pair.assert_arrived();
+    let live = Manifest::of(&pair.live(), View::Client);
+    assert_eq!(live.len(), all - 5);
+    assert!(live.paths().all(|path| !path.windows(32).any(|part| part == &stems[0].as_bytes()[..32])));
+    assert_eq!(nar::broken(&pair.live()), Vec::<std::path::PathBuf>::new());
 }

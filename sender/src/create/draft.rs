@@ -1,8 +1,8 @@
-//! A snapshot that is worked on before it gets its name: a filtered one.
+//! A snapshot that is worked on before it gets its name: a filtered one, or one that is checked.
 //!
-//! 1. A writable snapshot of the source is taken as `<volume>.filtering`, which is no snapshot's name: nobody sends or prunes it.
+//! 1. A snapshot of the source is taken as `<volume>.filtering`, which is no snapshot's name: nobody sends or prunes it.
 //! 2. What is excluded is removed from it, and the times of directories are put back.
-//! 3. It is made read-only.
+//! 3. It is made read-only. With `guix_cache` it is checked then.
 //! 4. It gets its name. A read-only subvolume may be renamed within its directory. The name is on disk before anybody uses it: were
 //!    it lost in a crash, so would be the base that the receiver has.
 //!
@@ -12,14 +12,19 @@ use std::{os::fd::AsFd, path::PathBuf, time::Instant};
 
 use common::{
     btrfs::{self, Access, Found, Subvolume},
-    crash,
-    snapshot::{Snapshot, VolumeName},
+    crash, durable,
+    snapshot::{Snapshot, SnapshotName, VolumeName},
 };
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::{CreateError, Order, Site};
 use crate::{
-    filter::remove::{self, Done},
+    filter::{
+        check::{self, CheckError},
+        remove::{self, Done},
+    },
+    send::Source,
     walk::{self, Options},
 };
 
@@ -28,7 +33,7 @@ const SUFFIX: &str = ".filtering";
 
 /// A snapshot without a name; deleted when dropped.
 struct Draft<'a> {
-    volume: &'a VolumeName,
+    order: &'a Order<'a>,
     subvolume: Subvolume,
     kept: bool,
 }
@@ -53,16 +58,20 @@ impl Site {
         Ok(())
     }
 
-    /// Makes a filtered snapshot.
-    pub(super) fn create_filtered(&self, order: &Order<'_>) -> Result<Found, CreateError> {
-        self.sweep(order.volume)?;
+    /// Makes a snapshot by way of a draft; `access` is Writable if there is anything to do to it.
+    pub(super) fn create_from_draft(&self, order: &Order<'_>, access: Access) -> Result<Found, CreateError> {
         let path = self.draft(order.volume);
-        btrfs::snapshot(&self.source, &path, Access::Writable)?;
-        let mut draft = Draft { volume: order.volume, subvolume: Subvolume::open(&path)?, kept: false };
+        btrfs::snapshot(&self.source, &path, access)?;
+        let mut draft = Draft { order, subvolume: Subvolume::open(&path)?, kept: false };
         crash::point("filter", 1);
-        draft.remove_excluded(order)?;
-        crash::point("filter", 2);
-        draft.subvolume.set_read_only(true)?;
+        if access == Access::Writable {
+            draft.remove_excluded()?;
+            crash::point("filter", 2);
+            draft.subvolume.set_read_only(true)?;
+        }
+        if order.filter.guix_cache {
+            draft.check(&btrfs::snapshots(&self.dir, order.volume)?)?;
+        }
         crash::point("filter", 3);
         let name = self.with_free_name(order.volume, order.now, |path| btrfs::rename(draft.subvolume.path(), path))?;
         draft.kept = true;
@@ -70,23 +79,92 @@ impl Site {
         btrfs::wait_sync(&self.dir, btrfs::start_sync(&self.dir)?)?;
         let path = self.dir.join(name.to_string());
         let info = Subvolume::open(&path)?.info()?;
-        Ok(Found { snapshot: Snapshot { name, id: info.stream_id() }, path, info })
+        let found = Found { snapshot: Snapshot { name, id: info.stream_id() }, path, info };
+        if order.filter.guix_cache {
+            remember(order, &found.snapshot);
+        }
+        Ok(found)
     }
 }
 
 impl Draft<'_> {
-    fn remove_excluded(&self, order: &Order<'_>) -> Result<(), CreateError> {
-        let (started, volume) = (Instant::now(), self.volume.as_str());
-        let options = Options { threads: walk::threads(), stop: order.stop, tick_interval: order.progress_interval };
-        let rules = order.filter.at(order.now);
+    fn options(&self) -> Options<'_> {
+        let Order { stop, progress_interval, .. } = *self.order;
+        Options { threads: walk::threads(), stop, tick_interval: progress_interval }
+    }
+
+    fn remove_excluded(&self) -> Result<(), CreateError> {
+        let (started, volume) = (Instant::now(), self.order.volume.as_str());
+        let rules = self.order.filter.at(self.order.now);
         let progress = |Done { seen, removed }| {
             let seconds = started.elapsed().as_secs_f64();
             tracing::info!(volume, stage = "filter", files = seen, removed, seconds, "filter progress");
         };
-        let Done { seen, removed } = remove::remove(self.subvolume.as_fd(), &rules, &options, progress)?;
+        let Done { seen, removed } = remove::remove(self.subvolume.as_fd(), &rules, &self.options(), progress)?;
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(volume, stage = "filter", files = seen, removed, seconds, "filtered");
         Ok(())
+    }
+
+    /// Looks whether every narinfo fits the nars: of all, or of what changed since the snapshot that was found good last.
+    fn check(&self, snapshots: &[Found]) -> Result<(), CreateError> {
+        let (started, volume) = (Instant::now(), self.order.volume.as_str());
+        let rules = self.order.filter.at(self.order.now);
+        let root = self.subvolume.as_fd();
+        let checked = checked(self.order);
+        let good = snapshots.iter().find(|found| checked.as_ref() == Some(&found.snapshot));
+        let changes = match good {
+            Some(good) => check::changes(root, &self.against(good)?, &rules, &self.options())?,
+            None => None,
+        };
+        let since = good.filter(|_| changes.is_some()).map(|good| good.snapshot.to_string());
+        let good = match changes {
+            Some(good) => good,
+            None => check::everything(root, &rules, &self.options(), |files| {
+                let seconds = started.elapsed().as_secs_f64();
+                tracing::info!(volume, stage = "filter", files, seconds, "check progress");
+            })?,
+        };
+        let (narinfos, partly_excluded, seconds) =
+            (good.narinfos, good.partly_excluded, started.elapsed().as_secs_f64());
+        tracing::info!(volume, stage = "filter", narinfos, partly_excluded, since, seconds, "narinfos checked");
+        Ok(())
+    }
+
+    /// The draft and a snapshot before it, open to be compared.
+    fn against(&self, base: &Found) -> Result<Source, CreateError> {
+        let info = self.subvolume.info()?;
+        // The name that it will have is not known yet, and does not matter.
+        let name = SnapshotName::new(self.order.volume.clone(), self.order.now);
+        let path = self.subvolume.path().to_owned();
+        let draft = Found { snapshot: Snapshot { name, id: info.stream_id() }, path, info };
+        Ok(Source::open(&draft, Some(base)).map_err(CheckError::from)?)
+    }
+}
+
+/// The snapshot that was found good last. Lost, it costs a look at everything.
+#[derive(Debug, Serialize, Deserialize)]
+struct Checked {
+    /// Under which patterns.
+    exclude: Vec<String>,
+    snapshot: Snapshot,
+}
+
+/// The snapshot that was found good under the same patterns.
+fn checked(order: &Order<'_>) -> Option<Snapshot> {
+    match durable::load::<Checked>(order.checked_file) {
+        Ok(checked) => checked.filter(|checked| order.filter.exclude.texts().eq(&checked.exclude)).map(|c| c.snapshot),
+        Err(error) => {
+            tracing::warn!(volume = %order.volume, %error, "every narinfo is looked at again");
+            None
+        }
+    }
+}
+
+fn remember(order: &Order<'_>, snapshot: &Snapshot) {
+    let exclude = order.filter.exclude.texts().map(str::to_owned).collect();
+    if let Err(error) = durable::store(order.checked_file, &Checked { exclude, snapshot: snapshot.clone() }) {
+        tracing::warn!(volume = %order.volume, %error, "the next snapshot looks at every narinfo again");
     }
 }
 
@@ -96,7 +174,7 @@ impl Drop for Draft<'_> {
             return;
         }
         if let Err(error) = btrfs::delete(self.subvolume.path()) {
-            tracing::warn!(volume = %self.volume, %error, "leftover not removed; the next snapshot tries again");
+            tracing::warn!(volume = %self.order.volume, %error, "leftover not removed; the next snapshot tries again");
         }
     }
 }

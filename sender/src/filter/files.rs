@@ -55,7 +55,6 @@ impl Cache {
             .map_err(|error| WalkError::call("look at", &guix::path(member, suffix))(error))
     }
 
-    #[allow(dead_code)] // the check comes next
     /// The beginning of a narinfo, at most `limit` bytes; None if it is not there.
     ///
     /// # Errors

@@ -3,8 +3,8 @@
 //! What decides is pure: times and contents come from the caller, who finds them in `files`; `remove` acts upon it. A filter says yes or no to every path of a snapshot, whatever was said to the others before, and whatever of it is gone already:
 //! so it can be asked by many threads at once while others delete what it excluded.
 
+pub mod check;
 pub mod files;
-#[allow(dead_code)] // the check comes next
 pub mod guix;
 mod patterns;
 pub mod remove;

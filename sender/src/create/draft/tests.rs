@@ -28,7 +28,8 @@ static NEVER: AtomicBool = AtomicBool::new(false);
 
 fn order<'a>(volume: &'a VolumeName, filter: &'a Filter, stop: &'a AtomicBool, second: i64) -> Order<'a> {
     let now = Timestamp::from_second(NOW + second).unwrap();
-    Order { volume, now, filter, stop, progress_interval: Duration::from_millis(10) }
+    let checked_file = Path::new("/nowhere");
+    Order { volume, now, filter, stop, progress_interval: Duration::from_millis(10), checked_file }
 }
 
 fn filter(exclude: &[&str], max_age_days: Option<u64>) -> Filter {
