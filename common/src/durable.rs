@@ -24,7 +24,7 @@ pub enum DurableError {
         source: io::Error,
     },
     /// Somebody else wrote it, or the disk is broken.
-    #[error("the state file {path} is not one: {source}; move it away, what it says can be found out again")]
+    #[error("the state file {path} is not one: {source}; mend it, or move it away")]
     Broken {
         /// The file.
         path: PathBuf,

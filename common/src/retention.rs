@@ -108,6 +108,8 @@ pub enum Reason {
     Base,
     /// Clients see it.
     Published,
+    /// An operator wants clients to see it, whatever arrives.
+    Pinned,
     /// Clients that began earlier may still read it.
     Retiring,
     /// A transfer of it is under way, or was interrupted and will go on.
@@ -138,6 +140,7 @@ impl fmt::Display for Reason {
             Self::Within(span) => write!(f, "within {}", Span(*span)),
             Self::Base => f.write_str("base of the next increment"),
             Self::Published => f.write_str("published"),
+            Self::Pinned => f.write_str("pinned"),
             Self::Retiring => f.write_str("retiring: has clients"),
             Self::Unfinished => f.write_str("transfer unfinished"),
             Self::Unsent => f.write_str("not sent yet"),
@@ -169,8 +172,13 @@ pub fn plan(snapshots: &[Snapshot], policy: &Policy, now: Timestamp, kept: &[(Sn
     for (place, snapshot) in ordered.into_iter().enumerate() {
         let newest = (place == 0).then_some(Reason::Newest);
         let rules = rules.reasons(place, snapshot.name.taken());
-        let in_use = kept.iter().filter(|(id, _)| *id == snapshot.id).map(|(_, reason)| reason.clone());
-        let reasons: Vec<Reason> = newest.into_iter().chain(rules).chain(in_use).collect();
+        let mut reasons: Vec<Reason> = newest.into_iter().chain(rules).collect();
+        for (_, reason) in kept.iter().filter(|(id, _)| *id == snapshot.id) {
+            // Clients may be inside it twice, for instance.
+            if !reasons.contains(reason) {
+                reasons.push(reason.clone());
+            }
+        }
         if reasons.is_empty() {
             plan.delete.push(snapshot.clone());
         } else {

@@ -15,6 +15,7 @@ use tokio::{task::spawn_blocking, time::interval};
 
 use crate::{
     config::Config,
+    control::Control,
     listen::Door,
     receive::{self, ReceiveError},
     rsyncd::{self, Rsyncd, RsyncdError},
@@ -58,6 +59,14 @@ pub enum AgentError {
         /// Why.
         source: io::Error,
     },
+    /// The socket for operators.
+    #[error("cannot listen for operators at {path}: {source}")]
+    Control {
+        /// Where.
+        path: std::path::PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The rsync daemon.
     #[error(transparent)]
     Rsyncd(#[from] RsyncdError),
@@ -76,6 +85,8 @@ pub async fn run(config: &Config) -> Result<(), AgentError> {
     let acceptor = Acceptor::new(&credentials, &config.tls.peers)?;
     let stream_version = receive::stream_version()?;
     let volumes = open_volumes(config)?;
+    let control = Control::open(&config.agent.state_dir)
+        .map_err(|source| AgentError::Control { path: Control::path(&config.agent.state_dir), source })?;
     let door = Door::open(&config.listen.address, acceptor, &config.agent.name)
         .await
         .map_err(|source| AgentError::Listen { address: config.listen.address.clone(), source })?;
@@ -92,12 +103,14 @@ pub async fn run(config: &Config) -> Result<(), AgentError> {
         tidy: tokio::sync::Notify::new(),
     });
     let tidying = tokio::spawn(tidy(Arc::clone(&host)));
+    let operators = tokio::spawn(control.serve(Arc::clone(&host)));
     door.serve(Arc::clone(&host)).await;
     for volume in &host.volumes {
         volume.abandon_parked().await;
     }
     // A deletion under way is not waited for: it goes on in the kernel, or is tried again after the next start.
     tidying.abort();
+    operators.abort();
     rsync.stop().await;
     tracing::info!("stopped");
     Ok(())
@@ -107,13 +120,13 @@ fn open_volumes(config: &Config) -> Result<Vec<Arc<Volume>>, AgentError> {
     let state_dir = &config.agent.state_dir;
     std::fs::create_dir_all(state_dir).map_err(|source| AgentError::Directory { path: state_dir.clone(), source })?;
     let open = |volume: &crate::config::Volume| {
-        let opened = Volume::open(volume, state_dir);
+        let opened = Volume::open(volume, state_dir).and_then(|volume| volume.catch_up().map(|()| volume));
         opened.map(Arc::new).map_err(|source| AgentError::Volume { volume: volume.name.to_string(), source })
     };
     config.volumes.iter().map(open).collect()
 }
 
-/// Retires and prunes: at the start, after every publication, and while clients are still inside a former snapshot.
+/// Retires and prunes: at the start, after every arrival and every word of an operator, and while clients are still inside a former snapshot.
 async fn tidy(host: Arc<Host>) {
     let mut ticks = interval(RETIRE_INTERVAL);
     loop {

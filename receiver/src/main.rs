@@ -2,6 +2,7 @@
 //!
 //! The path of the data, file by file: `listen` -> `session` (the conversation) -> `apply` (checks, `jail`, `receive`) ->
 //! `verify` -> `publish` -> `retire` -> `rsyncd` (serve) -> `prune`. `volume` holds what belongs together, `agent` runs it all.
+//! Operators reach it through `control`; `operator` does what they ask for, `wishes` remembers it.
 
 mod agent;
 mod apply;
@@ -9,9 +10,11 @@ mod check;
 mod checkpoint;
 mod cli;
 mod config;
+mod control;
 mod jail;
 mod listen;
 mod mount;
+mod operator;
 mod prune;
 mod publish;
 mod receive;
@@ -23,6 +26,7 @@ mod show;
 mod store;
 mod verify;
 mod volume;
+mod wishes;
 
 use std::{path::Path, process::ExitCode, time::Duration};
 
@@ -30,12 +34,15 @@ use clap::Parser;
 use common::{
     exit::{Exit, complain},
     identity, lock, log,
+    snapshot::{SnapshotName, VolumeName},
 };
 
 use crate::{
     agent::AgentError,
     cli::{Cli, Command},
     config::Config,
+    control::ControlError,
+    operator::Request,
     volume::VolumeError,
 };
 
@@ -52,6 +59,15 @@ fn main() -> ExitCode {
         Command::Run => with_config(&cli.config, run),
         Command::Check => with_config(&cli.config, check::check),
         Command::Snapshots => with_config(&cli.config, |config| shown(show::snapshots(config))),
+        Command::Hold { snapshot, why } => {
+            with_config(&cli.config, |config| asked(config, &Request::Hold { snapshot, why }))
+        }
+        Command::Release { snapshot } => {
+            with_config(&cli.config, |config| asked(config, &Request::Release { snapshot }))
+        }
+        Command::Publish { snapshot, pin, latest: _, volume } => {
+            with_config(&cli.config, |config| publish(config, snapshot, pin, volume))
+        }
         Command::Prune { dry_run: _ } => with_config(&cli.config, |config| shown(show::retention(config))),
     }
     .into()
@@ -88,6 +104,38 @@ fn run(config: &Config) -> Exit {
             let exit = match &error {
                 AgentError::Volume { source: VolumeError::Lock(lock::LockError::Held { .. }), .. } => Exit::Held,
                 AgentError::Credentials(_) => Exit::Usage,
+                _ => Exit::Failed,
+            };
+            failed(&error, exit)
+        }
+    }
+}
+
+/// `publish NAME` or `publish --latest`, of the one volume unless it is named.
+fn publish(config: &Config, snapshot: Option<SnapshotName>, pin: bool, volume: Option<VolumeName>) -> Exit {
+    if let Some(snapshot) = snapshot {
+        return asked(config, &Request::Publish { snapshot, pin });
+    }
+    match (volume, &config.volumes[..]) {
+        (Some(volume), _) => asked(config, &Request::PublishLatest { volume }),
+        (None, [only]) => asked(config, &Request::PublishLatest { volume: only.name.clone() }),
+        (None, _) => {
+            eprintln!("{PROGRAM}: there is more than one volume: say which with --volume NAME");
+            Exit::Usage
+        }
+    }
+}
+
+fn asked(config: &Config, request: &Request) -> Exit {
+    match control::request(config, request) {
+        Ok(done) => {
+            println!("{done}");
+            Exit::Done
+        }
+        Err(error) => {
+            let exit = match &error {
+                ControlError::Volume(VolumeError::Lock(lock::LockError::Held { .. })) => Exit::Held,
+                ControlError::NoVolume(_) => Exit::Usage,
                 _ => Exit::Failed,
             };
             failed(&error, exit)

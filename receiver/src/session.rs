@@ -30,7 +30,7 @@ use crate::{
     apply::{Application, ApplyError, Feed, Order},
     publish::PublishError,
     verify::Verified,
-    volume::{Admitted, Parked, Refused, Turn, Volume},
+    volume::{Admitted, Parked, Publication, Refused, Turn, Volume},
 };
 
 /// How often the sender hears how far we are: often enough for a progress bar.
@@ -437,12 +437,17 @@ async fn publish(
     ended: Instant,
 ) -> Result<(), TransferError> {
     let ours = Arc::clone(volume);
-    let published = spawn_blocking(move || ours.publish(verified)).await.map_err(|_| TransferError::Died)??;
+    let publication = spawn_blocking(move || ours.publish(verified)).await.map_err(|_| TransferError::Died)??;
     host.tidy.notify_one();
     let publish_us = ended.elapsed().as_micros() as u64;
-    let swap_us = published.swap.as_micros() as u64;
     if let Some(link) = link {
-        say(link, &ToSender::Published { publish_us, swap_us }).await;
+        let message = match publication {
+            Publication::Done(published) => {
+                ToSender::Published { publish_us, swap_us: published.swap.as_micros() as u64 }
+            }
+            Publication::Pinned(pinned) => ToSender::Arrived { pinned },
+        };
+        say(link, &message).await;
     }
     Ok(())
 }

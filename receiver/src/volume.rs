@@ -8,8 +8,9 @@ use std::{
 };
 
 use common::{
+    durable::DurableError,
     lock::{Lock, LockError},
-    retention::{self, Reason, newest_first},
+    retention::{self, Reason},
     snapshot::{Snapshot, SnapshotId},
     wire::message::{Inventory, Offer, Refusal, Unfinished},
 };
@@ -24,6 +25,7 @@ use crate::{
     publish::{PublishError, Published, Publisher},
     store::{Store, StoreError},
     verify::{self, Verified, VerifyError},
+    wishes::Wishes,
 };
 
 /// How long a transfer that is pushed aside by its own sender's new connection may take to clean up.
@@ -40,6 +42,10 @@ pub struct Volume {
     under_way: Arc<tokio::sync::Mutex<Option<Parked>>>,
     cancel_under_way: Mutex<CancellationToken>,
     current: Current,
+    /// Holds, and what is published by name. Locked after the publisher, if both are.
+    pub wishes: Mutex<Wishes>,
+    /// Locked while a plan is made and what it lets go is deleted. Before all others.
+    pub pruning: Mutex<()>,
     _lock: Lock,
 }
 
@@ -104,6 +110,18 @@ pub enum VolumeError {
     /// A snapshot that should be published is not what it should be.
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    /// Holds and pins cannot be read or written.
+    #[error("it is not known what is held and what is pinned")]
+    Wishes(#[source] DurableError),
+}
+
+/// What became of a verified snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Publication {
+    /// New clients see it.
+    Done(Published),
+    /// It stays, unpublished: an operator pinned another.
+    Pinned(Snapshot),
 }
 
 /// Why an offer is not taken, for both sides.
@@ -119,13 +137,14 @@ impl Volume {
     /// Opens the volume: locks it, removes what a crash left behind, brings the published tree back.
     ///
     /// # Errors
-    /// See [`VolumeError`]. Nothing is accepted before all of this is done.
+    /// See [`VolumeError`]. Nothing is accepted before all of this is done, and [`Self::catch_up`] too.
     pub fn open(config: &config::Volume, state_dir: &Path) -> Result<Self, VolumeError> {
         let mount_point = state_dir.join("receive");
         for path in [&config.store, &config.publish, &mount_point] {
             std::fs::create_dir_all(path).map_err(|source| VolumeError::Directory { path: path.clone(), source })?;
         }
         let lock = Lock::acquire(&config.store.join(format!(".{}.lock", config.name)))?;
+        let wishes = Wishes::load(state_dir, &config.name).map_err(VolumeError::Wishes)?;
         let store = Store::open(&config.store, config.name.clone())?;
         let checkpoint = Checkpoint::load(&store);
         if checkpoint.is_none() {
@@ -134,7 +153,7 @@ impl Volume {
         store.sweep(checkpoint.as_ref())?;
         let unrecovered = Publisher::open(&config.name, &config.publish, state_dir)?;
         let (publisher, _) = unrecovered.recover(&store.snapshots()?)?;
-        let volume = Self {
+        Ok(Self {
             config: config.clone(),
             store,
             publisher: Mutex::new(publisher),
@@ -142,22 +161,30 @@ impl Volume {
             under_way: Arc::default(),
             cancel_under_way: Mutex::default(),
             current: Current::default(),
+            wishes: Mutex::new(wishes),
+            pruning: Mutex::default(),
             _lock: lock,
-        };
-        volume.catch_up()?;
-        Ok(volume)
+        })
     }
 
-    /// Publishes what was complete, and so verified, when the agent ended, but not published yet.
-    fn catch_up(&self) -> Result<(), VolumeError> {
-        let newest = self.store.snapshots()?.into_iter().next();
-        let published = self.publisher().published().cloned();
-        if let Some(newest) = newest
-            && published.is_none_or(|published| newest_first(&published) > newest_first(&newest.snapshot))
-        {
-            tracing::info!(volume = %self.config.name, snapshot = %newest.snapshot, "complete, but not published yet");
-            let verified = verify::verify(&self.store, &newest.snapshot)?;
-            self.publish(verified)?;
+    /// Publishes what was complete, and so verified, when the agent ended, but not published yet; unless an operator chose another.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn catch_up(&self) -> Result<(), VolumeError> {
+        let complete: Vec<Snapshot> = self.store.snapshots()?.into_iter().map(|found| found.snapshot).collect();
+        let mut publisher = self.publisher();
+        let wishes = lock(&self.wishes);
+        if let Some(choice) = &wishes.state().choice {
+            let (snapshot, is_pinned) = (choice.snapshot(), wishes.pinned().is_some());
+            tracing::info!(volume = %self.config.name, %snapshot, is_pinned, "an operator chose what is published");
+            if !complete.contains(snapshot) {
+                tracing::warn!(volume = %self.config.name, %snapshot, "it is not in the store any more; `publish --latest` goes back to the newest");
+            }
+        }
+        if let Some(snapshot) = wishes.to_publish(publisher.published(), &complete) {
+            tracing::info!(volume = %self.config.name, %snapshot, "complete, but not published yet");
+            publisher.publish(verify::verify(&self.store, snapshot)?)?;
         }
         Ok(())
     }
@@ -169,7 +196,8 @@ impl Volume {
     pub fn inventory(&self, stream_version: u32) -> Result<Inventory, StoreError> {
         let snapshots = self.store.snapshots()?.into_iter().map(|found| found.snapshot).collect();
         let published = self.publisher().published().cloned();
-        Ok(Inventory { snapshots, published, unfinished: self.unfinished(), stream_version })
+        let pinned = lock(&self.wishes).pinned().is_some();
+        Ok(Inventory { snapshots, published, unfinished: self.unfinished(), stream_version, pinned })
     }
 
     /// The transfer that can go on: one that is under way or waits for its sender makes checkpoints too, or soon will.
@@ -281,12 +309,23 @@ impl Volume {
         }
     }
 
-    /// Publishes.
+    /// Publishes what a transfer brought, unless an operator pinned another. A roll-back ends with it.
     ///
     /// # Errors
     /// See [`PublishError`]; the snapshot before stays published.
-    pub fn publish(&self, verified: Verified) -> Result<Published, PublishError> {
-        self.publisher().publish(verified)
+    pub fn publish(&self, verified: Verified) -> Result<Publication, PublishError> {
+        let mut publisher = self.publisher();
+        let mut wishes = lock(&self.wishes);
+        if let Some(pinned) = wishes.pinned().filter(|pinned| *pinned != verified.snapshot()) {
+            let snapshot = verified.snapshot();
+            tracing::info!(volume = %self.config.name, %snapshot, %pinned, "arrived, not published: publication is pinned");
+            return Ok(Publication::Pinned(pinned.clone()));
+        }
+        if wishes.pinned().is_none() {
+            // First: a start after a crash here publishes the newest, and that is this one.
+            wishes.change(|state| state.choice = None)?;
+        }
+        publisher.publish(verified).map(Publication::Done)
     }
 
     /// Whether clients are still inside a former snapshot.
@@ -300,6 +339,7 @@ impl Volume {
     /// The store cannot be read. What cannot be unmounted or deleted is logged and tried again.
     pub fn tidy(&self) -> Result<(), StoreError> {
         self.publisher().retire();
+        let _pruning = lock(&self.pruning);
         let found = self.store.snapshots()?;
         let snapshots: Vec<Snapshot> = found.into_iter().map(|found| found.snapshot).collect();
         let plan = self.retention(&snapshots, Timestamp::now());
@@ -307,14 +347,16 @@ impl Volume {
         Ok(())
     }
 
-    /// What retention says of `snapshots` at `now`: never the published one, a retiring one, or the newest, which is the sender's base.
+    /// What retention says of `snapshots` at `now`: never the published one, a retiring or held one, or the newest, which is the
+    /// sender's base.
     pub fn retention(&self, snapshots: &[Snapshot], now: Timestamp) -> retention::Plan {
         let publisher = self.publisher();
         let published = publisher.published().map(|snapshot| (snapshot.id, Reason::Published));
         let retiring = publisher.retiring().iter().filter_map(|retiring| retiring.snapshot.as_ref());
         let retiring = retiring.map(|snapshot| (snapshot.id, Reason::Retiring));
         let base = self.unfinished().and_then(|unfinished| unfinished.base).map(|base| (base.id, Reason::Unfinished));
-        let kept: Vec<(SnapshotId, Reason)> = published.into_iter().chain(retiring).chain(base).collect();
+        let kept: Vec<(SnapshotId, Reason)> =
+            published.into_iter().chain(lock(&self.wishes).reasons()).chain(retiring).chain(base).collect();
         retention::plan(snapshots, &self.config.keep, now, &kept)
     }
 
@@ -333,6 +375,7 @@ pub enum Admitted {
     Order(Box<Order>),
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks, also what somebody panicked with in hand: all that is behind a mutex here changes in one step or is durable.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

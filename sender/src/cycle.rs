@@ -73,7 +73,7 @@ pub struct Waiting {
 /// What survives a restart: needed only to keep pruning safe while the receiver cannot be asked.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub struct State {
-    /// The newest snapshot of which the receiver said that it is published there.
+    /// The newest snapshot of which the receiver said that it is published there, or has arrived.
     pub confirmed: Option<Snapshot>,
     /// The transfer that was begun last, until it ends well.
     pub unfinished: Option<Unfinished>,
@@ -247,7 +247,9 @@ impl Volume {
                 Plan::NoSnapshot => return Err(CycleError::NoSnapshot(self.config.snapshot_dir.clone())),
                 Plan::UpToDate(snapshot) => {
                     if !sent_any {
-                        tracing::info!(volume = %self.config.name, snapshot = %snapshot, "nothing to send");
+                        let pinned =
+                            inventory.published.as_ref().filter(|_| inventory.pinned).map(tracing::field::display);
+                        tracing::info!(volume = %self.config.name, snapshot = %snapshot, pinned, "nothing to send");
                         self.remember(State { confirmed: Some(snapshot), unfinished: None })?;
                     }
                     return Ok(());

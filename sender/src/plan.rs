@@ -13,7 +13,7 @@ use common::{
 pub enum Plan {
     /// There is no snapshot yet.
     NoSnapshot,
-    /// The newest snapshot is on the other side, and published.
+    /// The newest snapshot is on the other side, and published; or it would be, had not an operator there pinned another.
     UpToDate(Snapshot),
     /// Send `snapshot`; if the receiver has it already, complete but unpublished, it only publishes it.
     Send {
@@ -82,7 +82,11 @@ pub fn plan(ours: &[Snapshot], inventory: &Inventory, which: Which) -> Plan {
     let Some(newest) = ours.iter().min_by_key(|snapshot| newest_first(snapshot)) else {
         return Plan::NoSnapshot;
     };
-    if inventory.published.as_ref().is_some_and(|published| published.id == newest.id) {
+    let is_there = match inventory.pinned {
+        true => has(inventory, newest.id),
+        false => inventory.published.as_ref().is_some_and(|published| published.id == newest.id),
+    };
+    if is_there {
         return Plan::UpToDate(newest.clone());
     }
     let newest = match which {
@@ -151,6 +155,7 @@ mod tests {
             published: published.map(|n| snapshot(n, n)),
             unfinished: None,
             stream_version: 2,
+            pinned: false,
         }
     }
 
@@ -197,6 +202,16 @@ mod tests {
             Plan::Send { snapshot: snapshot(2, 2), base: Base::Common(snapshot(1, 1)), resumed: false }
         );
         assert_eq!(plan(&[], &inventory(&[2], Some(2)), Which::Newest), Plan::NoSnapshot);
+    }
+
+    #[test]
+    fn what_arrived_is_not_sent_again_because_another_is_pinned() {
+        let pinned = |theirs: &[u64]| Inventory { pinned: true, ..inventory(theirs, Some(1)) };
+        for which in [Which::Newest, Which::Every] {
+            assert_eq!(plan(&ours(&[1, 2]), &pinned(&[2, 1]), which), Plan::UpToDate(snapshot(2, 2)));
+            let next = Plan::Send { snapshot: snapshot(3, 3), base: Base::Common(snapshot(2, 2)), resumed: false };
+            assert_eq!(plan(&ours(&[1, 2, 3]), &pinned(&[2, 1]), which), next);
+        }
     }
 
     #[test]

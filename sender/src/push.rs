@@ -39,7 +39,7 @@ use crate::{
 const QUEUED_BLOCKS: usize = 4;
 
 /// What a transfer was.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Outcome {
     /// Bytes of the stream; 0 if the receiver had the snapshot already.
     pub bytes: u64,
@@ -51,6 +51,8 @@ pub struct Outcome {
     pub publish_us: u64,
     /// The exchange itself, in microseconds.
     pub swap_us: u64,
+    /// It is there, but not published: this is, by the word of an operator.
+    pub pinned: Option<Snapshot>,
 }
 
 /// Why a transfer did not end with a published snapshot.
@@ -227,6 +229,7 @@ impl Transfer<'_> {
                 ToSender::Verified { .. } => {}
                 ToSender::Ack(ack) => self.still_applying(reporter, run, ack),
                 ToSender::Published { publish_us, swap_us } => return Ok(Outcome { publish_us, swap_us, ..outcome }),
+                ToSender::Arrived { pinned } => return Ok(Outcome { pinned: Some(pinned), ..outcome }),
                 other => return Err(self.unexpected(other)),
             }
         }

@@ -116,6 +116,10 @@ impl Reporter {
             bar.finish_and_clear();
         }
         let seconds = elapsed.as_secs_f64();
+        if let Some(pinned) = &outcome.pinned {
+            tracing::warn!(volume = %self.volume, %snapshot, %pinned, "arrived; publication is pinned to {pinned}");
+        }
+        let is_published = outcome.pinned.is_none();
         tracing::info!(
             volume = %self.volume,
             snapshot = %snapshot,
@@ -125,8 +129,8 @@ impl Reporter {
             files = outcome.files,
             seconds,
             average_rate = outcome.bytes as f64 / seconds.max(f64::EPSILON),
-            publish_us = outcome.publish_us,
-            swap_us = outcome.swap_us,
+            publish_us = is_published.then_some(outcome.publish_us),
+            swap_us = is_published.then_some(outcome.swap_us),
             "cycle finished"
         );
     }

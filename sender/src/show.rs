@@ -76,6 +76,9 @@ pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
         if found.is_empty() {
             println!("  none");
         }
+        if let Some(Inventory { published: Some(published), pinned: true, .. }) = &inventory {
+            println!("  the receiver publishes {published}, pinned there: what arrives is not published");
+        }
         let theirs = |found: &&Found| {
             inventory.iter().flat_map(|theirs| &theirs.snapshots).any(|one| one.id == found.snapshot.id)
         };
@@ -107,7 +110,7 @@ async fn inventory(volume: &Volume) -> Result<Inventory, CycleError> {
 
 fn receiver_has(inventory: &Inventory, snapshot: &Snapshot) -> &'static str {
     if inventory.published.as_ref().is_some_and(|published| published.id == snapshot.id) {
-        "published"
+        if inventory.pinned { "published, pinned" } else { "published" }
     } else if inventory.snapshots.iter().any(|theirs| theirs.id == snapshot.id) {
         "on the receiver"
     } else {
@@ -132,6 +135,9 @@ async fn say_transfer(volume: &Volume, found: &[Found], inventory: &Inventory) -
     let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
     match plan::plan(&ours, inventory, volume.which()) {
         Plan::NoSnapshot => println!("  transfer  the first snapshot, in full"),
+        Plan::UpToDate(snapshot) if inventory.published.as_ref() != Some(&snapshot) => {
+            println!("  transfer  nothing: {snapshot} is on the receiver, where another is pinned");
+        }
         Plan::UpToDate(snapshot) => println!("  transfer  nothing: {snapshot} is published"),
         Plan::Send { snapshot, base, resumed } => {
             let total = total(found, &snapshot, &base, inventory).await?;

@@ -236,6 +236,12 @@ pub enum ToSender {
     },
     /// I am alive.
     KeepAlive,
+    /// In place of [`ToSender::Published`]: the snapshot is complete and stays, but new clients go on seeing the one that an
+    /// operator pinned.
+    Arrived {
+        /// What is published.
+        pinned: Snapshot,
+    },
 }
 
 /// A snapshot that the receiver should take.
@@ -270,6 +276,8 @@ pub struct Inventory {
     pub unfinished: Option<Unfinished>,
     /// The newest version of the send stream that the receiver can apply.
     pub stream_version: u32,
+    /// Whether an operator pinned the published one: nothing else is published, and what arrives only has to be complete.
+    pub pinned: bool,
 }
 
 /// A transfer that was interrupted and can go on.

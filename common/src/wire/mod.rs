@@ -7,10 +7,10 @@
 //! Offer{snapshot, base, root times, ...}      ->     Accept{from} | Have | Refused{why}
 //! Total{bytes, files}                         ->     as soon as it is known
 //! Data...                                     ->     Ack{received, applied, durable} ...
-//! End{bytes, digests}                         ->     Verified, Published | Failed{stage, reason}
+//! End{bytes, digests}                         ->     Verified, Published | Arrived{pinned} | Failed{stage, reason}
 //! ```
 //! `Abort{reason}` may come from either side at any time: a read error at the source is an Abort, never an end of data.
-//! `KeepAlive` flows both ways. After `Published` the sender may offer the next snapshot or leave.
+//! `KeepAlive` flows both ways. After `Published` or `Arrived` the sender may offer the next snapshot or leave.
 
 pub mod codec;
 pub mod limits;
