@@ -105,7 +105,9 @@ pub fn hole(seed: u64) -> Books {
         _ => None,
     });
     let books = survived(trial, transfer);
-    assert_eq!((books.interruptions, books.at_byte), (2, 1), "{books:?}");
+    // The second swallows the greeting, or what follows it: then the transfer was taken up once more.
+    assert_eq!(books.interruptions, 2, "{books:?}");
+    assert!((1..=2).contains(&books.at_byte), "{books:?}");
     books
 }
 
