@@ -32,6 +32,9 @@ const BLOCK: usize = 4096;
 pub enum View {
     /// All that a send carries over.
     Replica,
+    /// The same, but not where in a file its holes are. Whether a send writes zeros or leaves a hole depends on what it may clone from at
+    /// that moment; a transfer that was interrupted is made of several sends.
+    Resumed,
     /// What `rsync -a` of a plain tree carries over: no hard links, xattrs, access times, holes.
     Client,
 }
@@ -114,6 +117,13 @@ pub fn assert_replica(source: &Path, replica: &Path) {
     expected.assert_equal(&Manifest::of(replica, View::Replica), &what);
 }
 
+/// Panics unless two trees are equal in every attribute that a send which was interrupted and went on carries over.
+pub fn assert_resumed(source: &Path, replica: &Path) {
+    let expected = Manifest::of(source, View::Resumed);
+    let what = format!("{} against {}", replica.display(), source.display());
+    expected.assert_equal(&Manifest::of(replica, View::Resumed), &what);
+}
+
 /// Panics unless a client's copy is equal to a tree in all that `rsync -a` carries over.
 pub fn assert_copy(source: &Path, copy: &Path) {
     let expected = Manifest::of(source, View::Client);
@@ -137,7 +147,7 @@ impl Reader<'_> {
         let path = if relative.is_empty() { self.root.to_owned() } else { self.root.join(OsStr::from_bytes(relative)) };
         let meta = fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let mut entry = self.attributes(&path, &meta);
-        if self.view == View::Replica && !meta.is_dir() && meta.nlink() > 1 {
+        if self.view != View::Client && !meta.is_dir() && meta.nlink() > 1 {
             let first = self.first_path.entry(meta.ino()).or_insert_with(|| relative.to_vec());
             entry.insert("hard link to", shown(first));
         }
@@ -176,13 +186,13 @@ impl Reader<'_> {
             let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
             entry.insert("device", format!("{major}:{minor}"));
         }
-        if self.view == View::Replica {
+        if self.view != View::Client {
             entry.insert("atime", format!("{}.{:09}", meta.atime(), meta.atime_nsec()));
             entry.insert("xattrs", xattrs(path));
             if !meta.is_dir() {
                 entry.insert("links", meta.nlink().to_string());
             }
-            if meta.is_file() {
+            if meta.is_file() && self.view == View::Replica {
                 let ranges = data(&File::open(path).unwrap());
                 let ranges: Vec<_> = ranges.iter().map(|(start, end)| format!("{start}-{end}")).collect();
                 entry.insert("data at", ranges.join(","));

@@ -339,7 +339,7 @@ impl Trial {
         self.arrived(transfer);
         let network = self.link.passed(Way::Out) - transfer.passed;
         let (sent, replica) = (&self.pair.places.snapshot_dir, &self.pair.places.store);
-        manifest::assert_replica(&sent.join(&transfer.snapshot), &replica.join(&transfer.snapshot));
+        manifest::assert_resumed(&sent.join(&transfer.snapshot), &replica.join(&transfer.snapshot));
         assert_eq!(self.pair.published().as_ref(), Some(&transfer.snapshot), "the snapshot should be published");
         self.watcher.check();
         let most = transfer.stream + transfer.stream / OVERHEAD_SHARE + GREETINGS + transfer.allowed;
