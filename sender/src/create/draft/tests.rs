@@ -359,7 +359,9 @@ fn random_trees_are_filtered_as_a_plain_walk_does_it() {
         let dir = source.join(format!("t{tree_number}"));
         fs::create_dir(&dir).unwrap();
         for cycle in 0..3 {
-            (0..60).for_each(|step| change(&source, &mut rng, cycle * 100 + step));
+            // The trees lie in one source, and a change may hit any of them.
+            let first = (tree_number as usize * 3 + cycle) * 60;
+            (first..first + 60).for_each(|unique| change(&source, &mut rng, unique));
             let meanings: Vec<Meaning> = MEANINGS.into_iter().filter(|_| rng.u8(..3) == 0).collect();
             let patterns: Vec<&str> = meanings.iter().map(|(pattern, _)| *pattern).collect();
             let age = rng.bool().then(|| rng.u64(1..100));
