@@ -1,7 +1,7 @@
 //! The agent: a loop of cycles for every volume, until it is told to stop.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -78,7 +78,7 @@ pub enum OnceError {
 /// The cycles of a volume, until the shutdown.
 async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
     volume.sweep().await;
-    let mut retry = Retry::new();
+    let (mut retry, mut resumed_at) = (Retry::new(), 0);
     let mut taken = None;
     while !shutdown.is_cancelled() {
         let pause = match cycle(&volume, &shutdown, &mut taken).await {
@@ -88,6 +88,11 @@ async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
             }
             Err(error) if error.is_shutdown() => return,
             Err(error) => {
+                // Farther on than the one before: not a row of failures, but a transfer that gets ahead in spite of them.
+                let before = std::mem::replace(&mut resumed_at, volume.resumed_at.load(Ordering::Relaxed));
+                if resumed_at > before {
+                    retry = Retry::new();
+                }
                 let pause = retry.next();
                 report::cycle_failed(&volume.config.name, &error, Some(pause));
                 pause

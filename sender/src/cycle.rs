@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     pin::pin,
+    sync::atomic::AtomicU64,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -53,6 +54,8 @@ pub struct Volume {
     pub state_file: PathBuf,
     /// How often a running transfer reports.
     pub progress_interval: Duration,
+    /// Where the receiver had a checkpoint when it was last asked to go on: canonical commands behind it, 0 for none.
+    pub resumed_at: AtomicU64,
     /// The newest snapshot when the log said last that snapshots wait for the receiver.
     pub warned_of: Mutex<Option<SnapshotId>>,
 }
@@ -330,6 +333,7 @@ impl Volume {
             progress_interval: if reporter.draws() { BAR_INTERVAL } else { self.progress_interval },
             total: later,
             route: &self.route,
+            resumed_at: &self.resumed_at,
         };
         let outcome: Outcome = transfer.push(link, reporter).await?;
         reporter.finished(snapshot, base, &outcome, started.elapsed());

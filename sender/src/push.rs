@@ -6,7 +6,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -124,6 +127,8 @@ pub struct Transfer<'a> {
     pub total: Option<mpsc::Receiver<Total>>,
     /// For another connection when this one breaks.
     pub route: &'a Route,
+    /// Told where the receiver's checkpoint is.
+    pub resumed_at: &'a AtomicU64,
 }
 
 /// A run of the kernel's send: what outlives a connection.
@@ -237,6 +242,11 @@ impl Transfer<'_> {
 
     /// The run that the receiver wants: the one that there is, from a byte on, or a new one.
     fn run_from<'r>(&self, run: &'r mut Option<Run>, from: Start) -> Result<&'r mut Run, PushError> {
+        match from {
+            Start::Mark(mark) => self.resumed_at.store(mark.count, Ordering::Relaxed),
+            Start::Beginning => self.resumed_at.store(0, Ordering::Relaxed),
+            Start::Byte(_) => {}
+        }
         match (from, run.as_mut()) {
             (Start::Byte(offset), Some(run)) => {
                 run.acknowledge(offset);
@@ -334,7 +344,7 @@ impl Transfer<'_> {
     /// A line or the bar, and a word if nothing moves.
     fn report(&self, reporter: &Reporter, run: &mut Run) {
         let now = Instant::now();
-        let load = |number: &std::sync::atomic::AtomicU64| number.load(Ordering::Relaxed);
+        let load = |number: &AtomicU64| number.load(Ordering::Relaxed);
         let (read, skipped) = (load(&run.meter.read), load(&run.meter.skipped));
         if run.forwarding && read > skipped {
             run.forwarding = false;

@@ -1,6 +1,10 @@
 //! From the configuration to volumes that can run: certificates read, directories made, locks held.
 
-use std::{io, path::PathBuf, sync::Mutex};
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Mutex, atomic::AtomicU64},
+};
 
 use common::{
     lock::{Lock, LockError},
@@ -52,6 +56,7 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
             },
             state_file: config.agent.state_dir.join(format!("{}.toml", volume.name)),
             progress_interval: config.log.progress_interval,
+            resumed_at: AtomicU64::new(0),
             warned_of: Mutex::default(),
         })
     };

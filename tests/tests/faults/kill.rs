@@ -48,8 +48,7 @@ fn survived(victim: Victim, seed: u64) -> Books {
             change::everything(trial.source(), seed);
         }
         // In one transfer after the other, as long as it takes: many kills in a short transfer would be many in its beginning.
-        // After each failure the sender waits twice as long: ten of its pauses would be five minutes.
-        let mut left = if victim == Victim::Receive { times(4, 50) } else { times(10, 50) };
+        let mut left = times(10, 50);
         while left > 0 {
             let kills = left.min(10);
             let bulk = trial.rng.u64(..);
