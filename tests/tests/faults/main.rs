@@ -35,21 +35,22 @@ const fn loses(name: &'static str, fault: &'static str, from_nothing: u64, run: 
     Scenario { name, fault, from_nothing, run }
 }
 
+/// The slowest first.
 static SCENARIOS: &[Scenario] = &[
-    survives("stop_sender", "SIGSTOP of the sender, until the receiver gives it up", stop::sender),
-    survives("stop_receiver", "SIGSTOP of the receiver, until the sender gives it up", stop::receiver),
+    survives("kill_receive", "kill -9 of btrfs receive", kill::receive),
     survives("stop_receive", "SIGSTOP of btrfs receive, until both say so", stop::receive),
     survives("hole", "black hole in the stream, then in a handshake", network::hole),
     survives("deaf", "black hole for what the receiver says", network::deaf),
+    survives("stop_sender", "SIGSTOP of the sender, until the receiver gives it up", stop::sender),
+    survives("stop_receiver", "SIGSTOP of the receiver, until the sender gives it up", stop::receiver),
+    survives("other_bytes", "source written to, defragmented, balanced meanwhile", source::changes),
+    survives("reboots", "mirror box reboots in each numbered step", reboot::reboots),
+    survives("crashes", "receiver dies in each numbered step, clients stay", reboot::crashes),
+    survives("power", "power cut of the mirror box", power::cuts),
+    survives("kill_both", "kill -9 of both agents", kill::both),
     survives("kill_sender", "kill -9 of the sender", kill::sender),
     survives("kill_receiver", "kill -9 of the receiver", kill::receiver),
-    survives("kill_receive", "kill -9 of btrfs receive", kill::receive),
-    survives("kill_both", "kill -9 of both agents", kill::both),
-    survives("power", "power cut of the mirror box", power::cuts),
-    survives("crashes", "receiver dies in each numbered step, clients stay", reboot::crashes),
-    survives("reboots", "mirror box reboots in each numbered step", reboot::reboots),
     survives("disk_full", "disk full until somebody makes room", disk::full),
-    survives("other_bytes", "source written to, defragmented, balanced meanwhile", source::changes),
     loses("snapshot_deleted", "sender's snapshot deleted", 1, operator::snapshot),
     loses("base_deleted", "sender's base deleted", 1, operator::base),
     loses("segment_deleted", "receiver's checkpoint deleted", 1, operator::checkpoint),
