@@ -393,3 +393,108 @@ impl Drop for Late {
         let _ = self.writing.take().map(JoinHandle::join);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{host::MIRROR_ADDRESS, lab::Lab};
+
+    /// A link, and somebody behind it who sends back all that comes.
+    struct Echo {
+        link: Link,
+        head: Host,
+        _lab: Lab,
+    }
+
+    impl Echo {
+        fn new() -> Self {
+            let lab = Lab::new();
+            let (head, mirror) = lab.network();
+            let (ready, listens) = mpsc::channel();
+            thread::spawn(move || {
+                mirror.enter();
+                let listener = TcpListener::bind((MIRROR_ADDRESS, PORT)).unwrap();
+                ready.send(()).unwrap();
+                for stream in listener.incoming().map_while(Result::ok) {
+                    thread::spawn(move || {
+                        let mut writer = stream.try_clone().unwrap();
+                        let _ = std::io::copy(&mut &stream, &mut writer);
+                        let _ = writer.shutdown(Shutdown::Write);
+                    });
+                }
+            });
+            listens.recv().unwrap();
+            Self { link: Link::start(&head, MIRROR_ADDRESS), head, _lab: lab }
+        }
+
+        /// What comes back of `bytes` until the end, or until a second has passed without any.
+        fn send(&self, bytes: usize) -> (Vec<u8>, std::io::Result<()>) {
+            let head = self.head.clone();
+            let sent = thread::spawn(move || {
+                head.enter();
+                let mut stream = TcpStream::connect(Link::address()).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+                let mut writer = stream.try_clone().unwrap();
+                thread::spawn(move || {
+                    let _ = writer.write_all(&vec![7; bytes]);
+                    let _ = writer.shutdown(Shutdown::Write);
+                });
+                let mut back = Vec::new();
+                let ended = stream.read_to_end(&mut back).map(drop);
+                (back, ended)
+            });
+            sent.join().unwrap()
+        }
+
+        fn strike(&self, way: Way, fault: Fault) -> (Vec<u8>, std::io::Result<()>) {
+            self.link.plan(move |number| (number == 0).then_some(Trouble { way, after: 100_000, fault }));
+            let back = self.send(300_000);
+            assert_eq!(self.link.struck().last(), Some(&fault));
+            back
+        }
+    }
+
+    #[test]
+    fn what_passes_is_counted_and_unharmed_also_late_and_byte_by_byte() {
+        let echo = Echo::new();
+        for manner in [
+            Manner::default(),
+            Manner { one_by_one: 1000, ..Manner::default() },
+            Manner { delay: Duration::from_millis(50), ..Manner::default() },
+        ] {
+            echo.link.set_manner(manner);
+            let (before, begun) = (echo.link.passed(Way::Out), Instant::now());
+            let (back, ended) = echo.send(200_000);
+            assert!(ended.is_ok() && back == vec![7; 200_000], "{} came back: {ended:?}", back.len());
+            assert_eq!(echo.link.passed(Way::Out) - before, 200_000);
+            assert!(begun.elapsed() >= 2 * manner.delay);
+        }
+        assert_eq!(echo.link.passed(Way::Back), 600_000);
+        assert!(echo.link.struck().is_empty());
+    }
+
+    #[test]
+    fn each_fault_strikes_at_its_byte() {
+        let echo = Echo::new();
+        let (back, ended) = echo.strike(Way::Out, Fault::Flip);
+        let bad: Vec<_> = (0..back.len()).filter(|at| back[*at] != 7).collect();
+        assert!(ended.is_ok() && back.len() == 300_000 && bad == [100_000], "{bad:?}, {ended:?}");
+
+        let (back, ended) = echo.strike(Way::Out, Fault::HalfClose);
+        assert!(ended.is_ok() && back.len() == 100_000, "{}, {ended:?}", back.len());
+
+        let (back, ended) = echo.strike(Way::Back, Fault::Close);
+        assert!(ended.is_ok() && back.len() == 100_000, "{}, {ended:?}", back.len());
+
+        let (back, ended) = echo.strike(Way::Out, Fault::Reset);
+        let kind = ended.map_err(|error| error.kind());
+        assert!(kind == Err(ErrorKind::ConnectionReset) && back.len() <= 100_000, "{}, {kind:?}", back.len());
+
+        let (back, ended) = echo.strike(Way::Out, Fault::Hole);
+        let kind = ended.map_err(|error| error.kind());
+        assert!(kind == Err(ErrorKind::WouldBlock) && back.len() <= 100_000, "{}, {kind:?}", back.len());
+
+        echo.link.be_good();
+        assert_eq!(echo.send(1000).0.len(), 1000, "the next connection is as if nothing had been");
+    }
+}

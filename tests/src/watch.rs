@@ -198,3 +198,89 @@ pub fn quick(root: &Path) -> io::Result<u64> {
     }
     Ok(hasher.finish())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::PathBuf};
+
+    use rustix::fs::{CWD, RenameFlags};
+
+    use super::*;
+    use crate::wait;
+
+    /// Two snapshots and what is published, all of it plain directories.
+    struct Scene {
+        dir: tempfile::TempDir,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let scene = Self { dir: tempfile::tempdir().unwrap() };
+            for (name, place) in [("one", "live"), ("two", "next")] {
+                let (tree, copy) = (scene.path("snapshots").join(name), scene.path(place).join("tree"));
+                fs::create_dir_all(tree.join("below")).unwrap();
+                fs::write(tree.join(MARKER), name).unwrap();
+                fs::write(tree.join("below/file"), name).unwrap();
+                fs::create_dir_all(copy.parent().unwrap()).unwrap();
+                crate::lab::run(std::process::Command::new("cp").arg("-a").args([&tree, &copy]));
+            }
+            scene
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn watch(&self) -> Watcher {
+            let watcher = Watcher::start(&self.path("live/tree"), &self.path("snapshots"));
+            self.sees(&watcher, "one");
+            watcher
+        }
+
+        fn sees(&self, watcher: &Watcher, name: &str) {
+            wait::until(name, || watcher.check().snapshots.iter().any(|seen| seen == name).then_some(()));
+        }
+
+        fn swap(&self) {
+            rustix::fs::renameat_with(CWD, self.path("live"), CWD, self.path("next"), RenameFlags::EXCHANGE).unwrap();
+        }
+    }
+
+    /// Waits until something is wrong, and says what.
+    fn wrong(watcher: &Watcher) -> String {
+        wait::until("something is wrong", || watcher.shared.lock().wrong.first().cloned())
+    }
+
+    #[test]
+    fn one_snapshot_after_the_other_is_right_and_the_way_back_is_not() {
+        let scene = Scene::new();
+        let watcher = scene.watch();
+        scene.swap();
+        scene.sees(&watcher, "two");
+        assert_eq!(watcher.check().snapshots, ["one", "two"]);
+        scene.swap();
+        assert!(wrong(&watcher).contains("one came back"));
+    }
+
+    #[test]
+    fn a_file_that_is_not_of_the_snapshot_is_found() {
+        let scene = Scene::new();
+        let watcher = scene.watch();
+        fs::write(scene.path("live/tree/below/file"), "another").unwrap();
+        assert!(wrong(&watcher).contains("like none of"));
+    }
+
+    #[test]
+    fn a_moment_without_any_is_found_unless_the_machine_is_off() {
+        let scene = Scene::new();
+        let watcher = scene.watch();
+        watcher.pause();
+        let looks = watcher.check().looks;
+        fs::rename(scene.path("live/tree"), scene.path("live/away")).unwrap();
+        fs::rename(scene.path("live/away"), scene.path("live/tree")).unwrap();
+        assert_eq!(watcher.check().looks, looks);
+        watcher.go_on();
+        fs::rename(scene.path("live/tree"), scene.path("live/away")).unwrap();
+        assert!(wrong(&watcher).contains("No such file"));
+    }
+}
