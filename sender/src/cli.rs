@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use crate::sizes;
+
 /// Takes read-only btrfs snapshots of volumes and sends the difference to snapferry-receiver.
 #[derive(Debug, Parser)]
 #[command(
@@ -41,6 +43,8 @@ pub enum Command {
         /// The certificate, PEM
         file: PathBuf,
     },
+    /// Count what a volume would take on the mirror box, and what a filter would save, without sending anything
+    Sizes(sizes::Arguments),
     /// Show what the next cycle would do, and why
     Plan,
     /// List our snapshots, and which of them the receiver has

@@ -21,6 +21,7 @@ mod retry;
 mod send;
 mod setup;
 mod show;
+mod sizes;
 mod unsent;
 mod walk;
 
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         Command::Fingerprint { file } => print(identity::fingerprint(&file)),
         Command::Run { once } => with_config(&cli.config, async |config| run(config, once).await),
         Command::Check => with_config(&cli.config, async |config| check::check(config).await),
+        Command::Sizes(arguments) => with_config(&cli.config, async |config| sizes::sizes(config, &arguments)),
         Command::Plan => with_config(&cli.config, async |config| shown(show::plan(config).await)),
         Command::Snapshots => with_config(&cli.config, async |config| shown(show::snapshots(config).await)),
     }

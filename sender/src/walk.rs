@@ -136,9 +136,6 @@ pub struct Entry<'a, D> {
     pub path: &'a [u8],
     /// What it is.
     pub kind: FileType,
-    /// Its inode number.
-    #[allow(dead_code)] // for what counts hard links once
-    pub inode: u64,
 }
 
 /// How a walk is done.
@@ -273,7 +270,6 @@ struct Item {
     /// The end of the name in `names`.
     end: usize,
     kind: FileType,
-    inode: u64,
 }
 
 struct Walker<'a, V: Visit> {
@@ -331,7 +327,7 @@ impl<V: Visit> Walker<'_, V> {
             if entry.file_name() == c"." || entry.file_name() == c".." {
                 continue;
             }
-            entries.push(entry.file_name(), self.kind(&open.fd, &entry), entry.ino());
+            entries.push(entry.file_name(), self.kind(&open.fd, &entry));
             if entries.items.len() == BATCH_ENTRIES {
                 let batch = Batch { open: open.clone(), entries: std::mem::take(&mut entries) };
                 if let Err(batch) = self.queue.offer(batch) {
@@ -365,7 +361,7 @@ impl<V: Visit> Walker<'_, V> {
             path.truncate(prefix);
             path.extend_from_slice(name.to_bytes());
             let (directory, fd) = (&open.node.directory, open.fd.as_fd());
-            let entry = Entry { directory, fd, name, path: &path, kind: item.kind, inode: item.inode };
+            let entry = Entry { directory, fd, name, path: &path, kind: item.kind };
             if let Some(directory) = self.visitor.entry(tally, &entry)? {
                 let node = Node { above: Above(Some(open.node.clone())), name: name.to_bytes().into(), directory };
                 if nested < MAX_NESTED && self.queue.is_full() {
@@ -413,9 +409,9 @@ impl<V: Visit> Walker<'_, V> {
 }
 
 impl Entries {
-    fn push(&mut self, name: &CStr, kind: FileType, inode: u64) {
+    fn push(&mut self, name: &CStr, kind: FileType) {
         self.names.extend_from_slice(name.to_bytes_with_nul());
-        self.items.push(Item { end: self.names.len(), kind, inode });
+        self.items.push(Item { end: self.names.len(), kind });
     }
 
     fn iter(&self) -> impl Iterator<Item = (&CStr, &Item)> {

@@ -253,3 +253,39 @@ fn an_item_goes_by_age_as_a_whole() {
     assert!(live.paths().all(|path| !path.windows(32).any(|part| part == &stems[0].as_bytes()[..32])));
     assert_eq!(nar::broken(&pair.live()), Vec::<std::path::PathBuf>::new());
 }
+
+#[test]
+fn sizes_says_before_what_arrives_afterwards() {
+    let pair = Pair::new();
+    let _receiver = pair.start_receiver();
+    let source = &pair.places.source;
+    nar::grow(source, 5_000_000, 3).unwrap();
+    let files = |tree: &Path| {
+        let tree = Manifest::of(tree, View::Client);
+        let sizes =
+            tree.paths().filter_map(|path| tree.attribute(path, "size")).map(|size| size.parse::<u64>().unwrap());
+        sizes.fold((0, 0), |(files, bytes), size| (files + 1, bytes + size))
+    };
+    let sizes = |arguments: &[&str]| {
+        let ended = pair.sender(&[&["sizes", "--json"], arguments].concat()).wait().expect(0);
+        let value: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+        value["volumes"][0].clone()
+    };
+    let sum = |value: &serde_json::Value| (value["files"].as_u64().unwrap(), value["bytes"].as_u64().unwrap());
+    let tried = sizes(&["substitutes", "--exclude", "lzip/", "--exclude", "*.narinfo"]);
+    assert_eq!(sum(&tried), files(source));
+    assert!(pair.snapshots().is_empty());
+    configure(&pair, "exclude = [\"lzip/\", \"*.narinfo\"]");
+    let configured = sizes(&[]);
+    assert_eq!(tried, configured);
+    pair.ferry();
+    assert_eq!(sum(&configured["left"]), files(&pair.live()));
+    // What is on disk is what the mirror box will have, too: nars do not compress.
+    btrfs::sync(source);
+    let on_disk = sizes(&["--on-disk"])["left"]["on_disk"].as_u64().unwrap();
+    let replica = btrfs::usage(&pair.replicas()[0]).unique;
+    assert!(on_disk.abs_diff(replica) < replica / 10, "{on_disk} {replica}");
+    pair.sender(&["sizes"]).wait().expect(0).expect_said("exclude \"lzip/\"").expect_said("left");
+    pair.sender(&["sizes", "others"]).wait().expect(2).expect_said("substitutes");
+    pair.sender(&["sizes", "--exclude", "[a"]).wait().expect(2).expect_said("unclosed");
+}

@@ -9,7 +9,7 @@ use std::{
 use super::{
     BtrfsError, Subvolume,
     raw::{self, LongSearchArgs, SearchKey},
-    search::split_item,
+    search::{HEADER_BYTES, items_of_at_most, split_item},
 };
 
 /// Key of the place of a piece of a file.
@@ -24,6 +24,8 @@ const INLINE: u8 = 0;
 const KIND: usize = 20;
 const ADDRESS: usize = 21;
 const LENGTH: usize = 29;
+/// The length of that structure, unless it holds data.
+const ITEM_BYTES: usize = 53;
 
 /// A piece of data on disk. Two files that share it show the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,6 +34,31 @@ pub struct Extent {
     pub address: u64,
     /// Bytes that it takes, compressed if it is; mirrors count once.
     pub length: u64,
+}
+
+/// Where a piece of a file's data is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece {
+    /// In the tree itself: bytes that it takes there, compressed if it is.
+    Inline(u64),
+    /// In an extent, of which the file may use a part.
+    Extent(Extent),
+}
+
+/// Shows `each` where the data of one file is, holes left out. It is named by its inode number in the subvolume that `fd` is in.
+///
+/// # Errors
+/// EPERM for others than root; what else reading the tree may give.
+pub fn pieces(fd: BorrowedFd<'_>, inode: u64, mut each: impl FnMut(Piece)) -> io::Result<()> {
+    // Only the first piece of a file can be inline, and long.
+    items_of_at_most(HEADER_BYTES + ITEM_BYTES, fd, 0, inode, EXTENT_DATA, |_, item| {
+        if item.get(KIND) == Some(&INLINE) {
+            each(Piece::Inline((item.len() - ADDRESS) as u64));
+        } else if let Some(extent) = extent(item) {
+            each(Piece::Extent(extent));
+        }
+        true
+    })
 }
 
 /// Shows `each` the extents that the files of a subvolume use, as often as they use them, until it breaks.

@@ -30,7 +30,7 @@ use rustix::{
 use uuid::Uuid;
 
 pub use self::{
-    extents::{Extent, extents},
+    extents::{Extent, Piece, extents, pieces},
     find::{Candidate, Found, candidates, snapshots},
     send::{SendOptions, Sending, send, stream_version},
     space::{Cost, Pool, Space, space},

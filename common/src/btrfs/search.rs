@@ -29,7 +29,7 @@ const ROOT_REF: u32 = 156;
 const QGROUP_STATUS: u32 = 240;
 
 /// Length of `struct btrfs_ioctl_search_header`: transid u64, objectid u64, offset u64, type u32, length u32.
-const HEADER_BYTES: usize = 32;
+pub(super) const HEADER_BYTES: usize = 32;
 /// Length of `struct btrfs_root_ref` before the name: directory u64, sequence u64, length of the name u16.
 const ROOT_REF_BYTES: usize = 18;
 
@@ -86,6 +86,19 @@ fn items(
     tree_id: u64,
     objectid: u64,
     kind: u32,
+    each: impl FnMut(&Header, &[u8]) -> bool,
+) -> io::Result<()> {
+    items_of_at_most(SEARCH_BUFFER_BYTES, fd, tree_id, objectid, kind, each)
+}
+
+/// The same, where no item but the first is longer than `longest` bytes with its header: an answer that has room for one more is
+/// the last.
+pub(super) fn items_of_at_most(
+    longest: usize,
+    fd: BorrowedFd<'_>,
+    tree_id: u64,
+    objectid: u64,
+    kind: u32,
     mut each: impl FnMut(&Header, &[u8]) -> bool,
 ) -> io::Result<()> {
     let mut from = 0;
@@ -115,8 +128,8 @@ fn items(
             }
         }
         match last.and_then(|offset| offset.checked_add(1)) {
-            Some(next) => from = next,
-            None => return Ok(()),
+            Some(next) if rest.len() < longest => from = next,
+            _ => return Ok(()),
         }
     }
 }

@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use self::guix::{COMPRESSIONS, Member, Part, Suffix};
-pub use self::patterns::Patterns;
+pub use self::patterns::{BadPattern, Patterns};
 
 /// The filter of a volume, as configured.
 #[derive(Debug, Clone, Default)]

@@ -19,7 +19,7 @@ use super::*;
 /// Notes everything, in the order in which it comes.
 #[derive(Default)]
 struct Notes {
-    seen: Mutex<BTreeMap<Vec<u8>, (FileType, u64)>>,
+    seen: Mutex<BTreeMap<Vec<u8>, FileType>>,
     left: Mutex<Vec<Vec<u8>>>,
 }
 
@@ -31,7 +31,7 @@ impl Visit for Notes {
         *tally += 1;
         let expected = if entry.directory.is_empty() { Vec::new() } else { [entry.directory, &b"/"[..]].concat() };
         assert_eq!(entry.path, [&expected, entry.name.to_bytes()].concat());
-        let before = self.seen.lock().unwrap().insert(entry.path.to_vec(), (entry.kind, entry.inode));
+        let before = self.seen.lock().unwrap().insert(entry.path.to_vec(), entry.kind);
         assert!(before.is_none(), "{:?} came twice", entry.path);
         Ok((entry.kind == FileType::Directory).then(|| entry.path.to_vec()))
     }
@@ -86,7 +86,7 @@ fn everything_is_seen_once_and_left_after_what_is_below_it() {
         assert_eq!(seen, reference);
         assert!(expected.iter().all(|path| seen.contains_key(path.as_bytes())));
         let left = notes.left.into_inner().unwrap();
-        let directories = seen.iter().filter(|(_, (kind, _))| *kind == FileType::Directory).count();
+        let directories = seen.iter().filter(|(_, kind)| **kind == FileType::Directory).count();
         assert_eq!(left.len(), directories + 1);
         let place: BTreeMap<&[u8], usize> = left.iter().enumerate().map(|(place, path)| (&path[..], place)).collect();
         for path in &left {
@@ -97,13 +97,13 @@ fn everything_is_seen_once_and_left_after_what_is_below_it() {
 }
 
 /// The same, one by one.
-fn reference(root: &Path, dir: &Path) -> BTreeMap<Vec<u8>, (FileType, u64)> {
+fn reference(root: &Path, dir: &Path) -> BTreeMap<Vec<u8>, FileType> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         let stat = rustix::fs::lstat(&path).unwrap();
         let kind = FileType::from_raw_mode(stat.st_mode);
-        all.insert(path.strip_prefix(root).unwrap().as_os_str().as_bytes().to_vec(), (kind, stat.st_ino));
+        all.insert(path.strip_prefix(root).unwrap().as_os_str().as_bytes().to_vec(), kind);
         if kind == FileType::Directory {
             all.extend(reference(root, &path));
         }
