@@ -99,6 +99,12 @@ pub trait Visit: Sync {
         Ok(())
     }
 
+    /// Whether one thread should look at all entries of a directory: where the kernel lets only one at a time do what is done to them,
+    /// others would be in its way.
+    fn is_for_one(&self, _directory: &Self::Directory) -> bool {
+        false
+    }
+
     /// An entry of a directory, in no order. What is returned for a directory lets the walk enter it.
     ///
     /// # Errors
@@ -314,6 +320,7 @@ impl<V: Visit> Walker<'_, V> {
             return self.done(node);
         }
         self.visitor.enter(&node.directory, &stat)?;
+        let is_for_one = self.visitor.is_for_one(&node.directory);
         let open = Arc::new(Open { fd, path, node });
         let mut buffer = vec![MaybeUninit::uninit(); READ_BYTES];
         let (mut entries, mut list) = (Entries::default(), RawDir::new(&open.fd, &mut buffer));
@@ -330,7 +337,8 @@ impl<V: Visit> Walker<'_, V> {
             entries.push(entry.file_name(), self.kind(&open.fd, &entry));
             if entries.items.len() == BATCH_ENTRIES {
                 let batch = Batch { open: open.clone(), entries: std::mem::take(&mut entries) };
-                if let Err(batch) = self.queue.offer(batch) {
+                let refused = if is_for_one { Err(batch) } else { self.queue.offer(batch) };
+                if let Err(batch) = refused {
                     self.look(&open, &batch.entries, tally, nested)?;
                     entries = batch.entries.cleared();
                 }

@@ -78,6 +78,11 @@ impl Visit for Removal<'_> {
         Ok(())
     }
 
+    /// Removing something locks its directory.
+    fn is_for_one(&self, directory: &Directory) -> bool {
+        directory.goes
+    }
+
     fn entry(&self, seen: &mut u64, entry: &Entry<'_, Directory>) -> Result<Option<Directory>, WalkError> {
         *seen += 1;
         if entry.kind == FileType::Directory {
