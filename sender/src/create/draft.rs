@@ -8,10 +8,15 @@
 //!
 //! Whatever ends this early leaves no snapshot; a draft that a crash left is deleted before the next one is made.
 
-use std::{os::fd::AsFd, path::PathBuf, time::Instant};
+use std::{
+    os::fd::AsFd,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
 
 use common::{
-    btrfs::{self, Access, Found, Subvolume},
+    btrfs::{self, Access, BtrfsError, Found, Subvolume},
     crash, durable,
     snapshot::{Snapshot, SnapshotName, VolumeName},
 };
@@ -30,6 +35,10 @@ use crate::{
 
 /// What stands behind the volume's name in the name of a draft.
 const SUFFIX: &str = ".filtering";
+
+/// How often and with which pauses it is tried to delete a draft that is still being sent: for two seconds.
+const DELETE_ATTEMPTS: u32 = 20;
+const DELETE_PAUSE: Duration = Duration::from_millis(100);
 
 /// A snapshot without a name; deleted when dropped.
 struct Draft<'a> {
@@ -173,7 +182,16 @@ impl Drop for Draft<'_> {
         if self.kept {
             return;
         }
-        if let Err(error) = btrfs::delete(self.subvolume.path()) {
+        let mut deleted = btrfs::delete(self.subvolume.path());
+        for _ in 0..DELETE_ATTEMPTS {
+            // A send of it that was called off has not noticed yet.
+            if deleted.as_ref().err().and_then(BtrfsError::errno) != Some(Errno::PERM) {
+                break;
+            }
+            thread::sleep(DELETE_PAUSE);
+            deleted = btrfs::delete(self.subvolume.path());
+        }
+        if let Err(error) = deleted {
             tracing::warn!(volume = %self.order.volume, %error, "leftover not removed; the next snapshot tries again");
         }
     }

@@ -12,16 +12,21 @@
 use std::{
     collections::HashSet,
     fmt,
-    io::{self, Read},
+    io::Read,
     os::fd::BorrowedFd,
-    sync::atomic::Ordering,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use common::{
     btrfs,
     stream::{Attr, Command, Item, Kind, Walker},
 };
-use rustix::fs::FileType;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    fs::{FileType, Timespec},
+    io::Errno,
+};
 
 use super::{
     Rules,
@@ -29,7 +34,7 @@ use super::{
     guix::{self, COMPRESSIONS, Member, Part, Suffix},
 };
 use crate::{
-    send::{SendError, Source},
+    send::{SendError, Source, Stream},
     walk::{self, Entry, Options, Visit, WalkError},
 };
 
@@ -47,6 +52,9 @@ const MAX_CONFIRMED: usize = 10_000;
 
 /// How much of a stream is read at once.
 const BLOCK_BYTES: usize = 256 << 10;
+
+/// How long it may take until a wish to stop is seen.
+const STOP_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
 /// Why a cache is not taken for good.
 #[derive(Debug, thiserror::Error)]
@@ -167,17 +175,9 @@ pub fn changes(
     let mut stream = source.changes(version)?;
     let (mut walker, mut changed, mut block) = (Walker::new(), Changed::default(), vec![0; BLOCK_BYTES]);
     loop {
-        if options.stop.load(Ordering::Relaxed) {
-            return Err(WalkError::Stopped.into());
-        }
-        if changed.is_too_much {
-            return Ok(None);
-        }
-        let bytes = match stream.read(&mut block) {
-            Ok(0) => break,
-            Ok(bytes) => &block[..bytes],
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(source) => return Err(SendError::SetUp { path: stream.path().to_owned(), source }.into()),
+        let bytes = match read(&mut stream, &mut block, options.stop)? {
+            0 => break,
+            bytes => &block[..bytes],
         };
         walker.walk(bytes, |item| match item {
             Item::Version(_) => Ok::<(), CheckError>(()),
@@ -186,12 +186,12 @@ pub fn changes(
                 Ok(())
             }
         })?;
+        if changed.is_too_much {
+            return Ok(None);
+        }
     }
     stream.finish()?;
     walker.finish()?;
-    if changed.is_too_much {
-        return Ok(None);
-    }
     let judge = Judge { cache: Cache::open(root, rules.filter().max_age_by)?, rules };
     let mut tally = Tally::default();
     for item in &changed.items {
@@ -200,6 +200,22 @@ pub fn changes(
         }
     }
     tally.verdict().map(Some)
+}
+
+/// Some bytes of a stream, 0 at its end. The kernel may have nothing to say for a while.
+fn read(stream: &mut Stream, block: &mut [u8], stop: &AtomicBool) -> Result<usize, CheckError> {
+    let set_up = |path: &Path, source| SendError::SetUp { path: path.to_owned(), source };
+    loop {
+        if stop.load(Ordering::Relaxed) {
+            return Err(WalkError::Stopped.into());
+        }
+        let mut pipe = [PollFd::new(&*stream, PollFlags::IN)];
+        match poll(&mut pipe, Some(&STOP_INTERVAL)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(stream.read(block).map_err(|source| set_up(stream.path(), source))?),
+            Err(error) => return Err(set_up(stream.path(), error.into()).into()),
+        }
+    }
 }
 
 /// The items that commands of a stream are about.

@@ -257,7 +257,7 @@ fn the_name_comes_last_and_an_interrupted_one_leaves_nothing() {
 
     // While it is being made there is no name yet.
     let (done, site) = (AtomicBool::new(false), &lab.site);
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         scope.spawn(|| {
             site.take(&order(&lab.volume, &filter, &NEVER, 0)).unwrap();
             done.store(true, Ordering::Relaxed);
