@@ -7,6 +7,7 @@ use std::{
 };
 
 use common::{
+    btrfs,
     exit::chain,
     signals,
     tls::{Acceptor, Credentials, CredentialsError},
@@ -120,6 +121,13 @@ fn open_volumes(config: &Config) -> Result<Vec<Arc<Volume>>, AgentError> {
     let state_dir = &config.agent.state_dir;
     std::fs::create_dir_all(state_dir).map_err(|source| AgentError::Directory { path: state_dir.clone(), source })?;
     let open = |volume: &crate::config::Volume| {
+        // On no btrfs: that is an error of the next step.
+        if btrfs::has_qgroups(&volume.store).unwrap_or_default() {
+            tracing::warn!(
+                volume = %volume.name,
+                "quotas are on; deleting snapshots will be slow, and can stall (btrfs quota disable)"
+            );
+        }
         let opened = Volume::open(volume, state_dir).and_then(|volume| volume.catch_up().map(|()| volume));
         opened.map(Arc::new).map_err(|source| AgentError::Volume { volume: volume.name.to_string(), source })
     };

@@ -10,12 +10,9 @@ use crate::{
     connect::connect,
     create::Site,
     filter::check::{CheckError, everything},
-    setup,
+    hazard, setup,
     walk::{self, Options},
 };
-
-/// Nested subvolumes that are named; the number of all is said too.
-const NAMED: usize = 5;
 
 /// Checks everything and says what it found. [`Exit::Failed`] if anything is in the way of a cycle.
 pub async fn check(config: &Config) -> Exit {
@@ -47,20 +44,11 @@ fn check_volume(findings: &mut Findings, volume: &Volume) {
     );
     let site = Site::open(&volume.source, &volume.snapshot_dir);
     let Some(site) = findings.judge(&good, site) else { return };
-    match site.source().nested() {
-        Ok(nested) if nested.is_empty() => findings.good(&format!("{name}: no nested subvolumes")),
-        Ok(nested) => findings.note(&format!(
-            "{name}: {} nested subvolumes are not part of a snapshot and arrive as empty directories: {}",
-            nested.len(),
-            nested.iter().take(NAMED).map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
-        )),
-        Err(error) => findings.error(&error),
-    }
-    match btrfs::has_qgroups(&volume.source) {
-        Ok(true) => {
-            findings.note(&format!("{name}: quotas are on; deleting snapshots will be slow (btrfs quota disable)"));
+    match hazard::look(&site) {
+        Ok(hazards) if hazards.is_empty() => {
+            findings.good(&format!("{name}: no nested subvolumes, and quotas are off"));
         }
-        Ok(false) => findings.good(&format!("{name}: quotas are off")),
+        Ok(hazards) => hazards.iter().for_each(|hazard| findings.note(&format!("{name}: {hazard}"))),
         Err(error) => findings.error(&error),
     }
     if volume.filter.guix_cache {

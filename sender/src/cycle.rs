@@ -16,7 +16,7 @@ use common::{
     durable::{self, DurableError},
     link::LinkError,
     retention::{self, Reason},
-    snapshot::{Snapshot, SnapshotId},
+    snapshot::{Snapshot, SnapshotId, VolumeName},
     stream::Total,
     wire::message::{Inventory, Offer, Stage, Unfinished},
 };
@@ -29,7 +29,7 @@ use crate::{
     config,
     connect::{ConnectError, ReceiverLink, Route, connect, query},
     create::{CreateError, Order, Site},
-    pack,
+    hazard, pack,
     plan::{Base, Plan, Which, plan},
     prune,
     push::{Outcome, PushError, Transfer},
@@ -58,6 +58,8 @@ pub struct Volume {
     pub resumed_at: AtomicU64,
     /// The newest snapshot when the log said last that snapshots wait for the receiver.
     pub warned_of: Mutex<Option<SnapshotId>>,
+    /// Whether nested subvolumes and quotas were looked for, and the log says what was found.
+    pub looked_for_hazards: AtomicBool,
 }
 
 /// Snapshots that wait for the receiver, and what is known of what they cost without hours of counting.
@@ -69,8 +71,8 @@ pub struct Waiting {
     pub base: Option<Snapshot>,
     /// How old it is; without one, the oldest of those that wait.
     pub age: Duration,
-    /// What the file system of the source has free, in bytes.
-    pub free: u64,
+    /// What the file system of the source has free, in bytes; None if it does not say.
+    pub free: Option<u64>,
 }
 
 /// What survives a restart: needed only to keep pruning safe while the receiver cannot be asked.
@@ -171,6 +173,7 @@ impl Volume {
     pub async fn take_snapshot(&self, shutdown: &CancellationToken) -> Result<(), CycleError> {
         let (config, progress_interval) = (self.config.clone(), self.progress_interval);
         let checked_file = self.state_file.with_extension("guix.toml");
+        let looked = self.looked_for_hazards.swap(true, Ordering::Relaxed);
         let stop = Arc::new(AtomicBool::new(false));
         let (told, started) = (stop.clone(), Instant::now());
         let mut taking = pin!(blocking(move || {
@@ -182,7 +185,11 @@ impl Volume {
                 progress_interval,
                 checked_file: &checked_file,
             };
-            Site::open(&config.source, &config.snapshot_dir)?.take(&order)
+            let site = Site::open(&config.source, &config.snapshot_dir)?;
+            if !looked {
+                warn_of_hazards(&config.name, &site);
+            }
+            site.take(&order)
         }));
         let taken = tokio::select! {
             taken = &mut taking => taken?,
@@ -372,7 +379,7 @@ impl Volume {
 
     /// A warning for each new snapshot, once more than one waits for the receiver.
     fn warn_of_waiting(&self, found: &[Found], now: Timestamp) -> Result<(), CycleError> {
-        let waiting = self.waiting(found, self.confirmed()?, now)?;
+        let waiting = self.waiting(found, self.confirmed()?, now);
         let Some(Waiting { count, base, age, free }) = waiting.filter(|waiting| waiting.count > 1) else {
             return Ok(());
         };
@@ -397,23 +404,17 @@ impl Volume {
     }
 
     /// The snapshots of `found` that are newer than what the receiver has; None if there are none.
-    ///
-    /// # Errors
-    /// The file system cannot be asked for its space.
-    pub fn waiting(
-        &self,
-        found: &[Found],
-        base: Option<Snapshot>,
-        now: Timestamp,
-    ) -> Result<Option<Waiting>, CycleError> {
+    pub fn waiting(&self, found: &[Found], base: Option<Snapshot>, now: Timestamp) -> Option<Waiting> {
         let ours: Vec<Snapshot> = found.iter().map(|found| found.snapshot.clone()).collect();
         let unsent = unsent::newer(&ours, base.as_ref());
         let base = base.filter(|base| ours.contains(base));
-        let Some(since) = base.as_ref().or(unsent.last()) else { return Ok(None) };
+        let since = base.as_ref().or(unsent.last())?;
         // From the future, if a clock was set back: then it has no age.
         let age = Duration::try_from(now.duration_since(since.name.taken())).unwrap_or_default();
-        let free = btrfs::space(&self.config.snapshot_dir)?.free;
-        Ok((!unsent.is_empty()).then_some(Waiting { count: unsent.len(), base, age, free }))
+        // It may be a symlink, to which the kernel's answer would be about another file system.
+        let dir = std::fs::canonicalize(&self.config.snapshot_dir).ok();
+        let free = dir.and_then(|dir| btrfs::space(&dir).ok()).map(|space| space.free);
+        (!unsent.is_empty()).then_some(Waiting { count: unsent.len(), base, age, free })
     }
 
     /// What retention says of `found` at `now`.
@@ -455,6 +456,15 @@ pub fn open(found: &[Found], snapshot: &Snapshot, base: &Base) -> Result<Source,
         ours.ok_or_else(|| CycleError::Vanished(wanted.clone()))
     };
     Ok(Source::open(find(snapshot)?, base.snapshot().map(find).transpose()?)?)
+}
+
+/// At the first snapshot of a process: what is legal, but not what an operator expects.
+fn warn_of_hazards(volume: &VolumeName, site: &Site) {
+    match hazard::look(site) {
+        Ok(hazards) => hazards.iter().for_each(|hazard| tracing::warn!(%volume, "{hazard}")),
+        // Of no consequence for the snapshot; `check` says it too.
+        Err(error) => tracing::warn!(%volume, %error, "cannot look for nested subvolumes and quotas"),
+    }
 }
 
 /// Runs what blocks in a thread that may block.

@@ -12,6 +12,7 @@ mod connect;
 mod create;
 mod cycle;
 mod filter;
+mod hazard;
 mod pack;
 mod plan;
 mod prune;

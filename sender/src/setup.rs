@@ -3,7 +3,10 @@
 use std::{
     io,
     path::PathBuf,
-    sync::{Mutex, atomic::AtomicU64},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64},
+    },
 };
 
 use common::{
@@ -58,6 +61,7 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
             progress_interval: config.log.progress_interval,
             resumed_at: AtomicU64::new(0),
             warned_of: Mutex::default(),
+            looked_for_hazards: AtomicBool::default(),
         })
     };
     config.volumes.iter().map(volume).collect()

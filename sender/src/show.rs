@@ -83,7 +83,7 @@ pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
             inventory.iter().flat_map(|theirs| &theirs.snapshots).any(|one| one.id == found.snapshot.id)
         };
         let base = found.iter().find(theirs).map(|found| found.snapshot.clone()).or(volume.confirmed()?);
-        if let Some(waiting) = volume.waiting(&found, base, now)? {
+        if let Some(waiting) = volume.waiting(&found, base, now) {
             say_waiting(&waiting);
         }
     }
@@ -91,7 +91,7 @@ pub async fn snapshots(config: &Config) -> Result<(), ShowError> {
 }
 
 fn say_waiting(Waiting { count, base, age, free }: &Waiting) {
-    let (age, free) = (human_duration(*age), human_bytes(*free));
+    let (age, free) = (human_duration(*age), free.map_or_else(|| "?".to_owned(), human_bytes));
     match base {
         Some(base) => println!(
             "  {count} not on the receiver yet; with their base {base} they keep what was deleted from the source in the last {age}; {free} are free"
