@@ -6,6 +6,7 @@
 pub mod btrfs;
 pub mod config;
 pub mod crash;
+pub mod deletion;
 pub mod durable;
 pub mod exit;
 pub mod findings;

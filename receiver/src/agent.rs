@@ -12,7 +12,10 @@ use common::{
     signals,
     tls::{Acceptor, Credentials, CredentialsError},
 };
-use tokio::{task::spawn_blocking, time::interval};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::interval,
+};
 
 use crate::{
     config::Config,
@@ -134,21 +137,47 @@ fn open_volumes(config: &Config) -> Result<Vec<Arc<Volume>>, AgentError> {
     config.volumes.iter().map(open).collect()
 }
 
-/// Retires and prunes: at the start, after every arrival and every word of an operator, and while clients are still inside a former snapshot.
+/// Retires and prunes: at the start, after every arrival and every word of an operator, and while clients are still inside a former
+/// snapshot. A deletion is not waited for: one that does not end keeps neither the other volumes nor the clients of this one.
 async fn tidy(host: Arc<Host>) {
     let mut ticks = interval(RETIRE_INTERVAL);
+    let mut chores: Vec<Chores> = host.volumes.iter().map(Chores::new).collect();
     loop {
-        for volume in &host.volumes {
-            let ours = Arc::clone(volume);
-            if let Ok(Err(error)) = spawn_blocking(move || ours.tidy()).await {
-                tracing::warn!(volume = %volume.config.name, stage = "prune", error = chain(&error), "cannot tidy");
-            }
+        for chores in &mut chores {
+            chores.go_on().await;
         }
-        loop {
-            tokio::select! {
-                () = host.tidy.notified() => break,
-                _ = ticks.tick() => if host.volumes.iter().any(|volume| volume.is_retiring()) { break },
-            }
+        tokio::select! {
+            () = host.tidy.notified() => chores.iter_mut().for_each(|chores| chores.prune_due = true),
+            _ = ticks.tick() => {}
+        }
+    }
+}
+
+/// What is to be tidied in a volume.
+struct Chores {
+    volume: Arc<Volume>,
+    prune_due: bool,
+    pruning: Option<JoinHandle<()>>,
+}
+
+impl Chores {
+    fn new(volume: &Arc<Volume>) -> Self {
+        Self { volume: Arc::clone(volume), prune_due: true, pruning: None }
+    }
+
+    async fn go_on(&mut self) {
+        if self.volume.is_retiring() {
+            let volume = Arc::clone(&self.volume);
+            self.prune_due |= spawn_blocking(move || volume.retire()).await.unwrap_or(false);
+        }
+        if self.prune_due && self.pruning.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.prune_due = false;
+            let volume = Arc::clone(&self.volume);
+            self.pruning = Some(spawn_blocking(move || {
+                if let Err(error) = volume.prune() {
+                    tracing::warn!(volume = %volume.config.name, stage = "prune", error = chain(&error), "cannot tidy");
+                }
+            }));
         }
     }
 }

@@ -37,7 +37,7 @@ const MAX_REQUEST_BYTES: u64 = 16 << 10;
 /// A client that says nothing does not hold a task for longer.
 const MAX_REQUEST_TIME: Duration = Duration::from_secs(10);
 
-/// How long an operator waits: a deletion that is under way is done first.
+/// How long an operator waits for the answer: more than the agent takes in any case, unless the file system hangs.
 const MAX_REPLY_TIME: Duration = Duration::from_secs(120);
 
 /// What the agent answers.

@@ -2,6 +2,12 @@
 //!
 //! The wish is durable first, then it is done; a start does what a crash in between has left undone (`Volume::catch_up`).
 
+use std::{
+    sync::{MutexGuard, TryLockError},
+    thread,
+    time::{Duration, Instant},
+};
+
 use common::{
     durable::DurableError,
     snapshot::{Snapshot, SnapshotName, VolumeName},
@@ -16,6 +22,10 @@ use crate::{
     volume::{Volume, lock},
     wishes::{Choice, Hold},
 };
+
+/// How long an operator waits for the deletion of one snapshot, and how often it is looked.
+const MAX_ORDER_WAIT: Duration = Duration::from_secs(30);
+const ORDER_POLL: Duration = Duration::from_millis(20);
 
 /// What an operator asks for. A snapshot's name says which volume it is about.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +81,9 @@ pub enum RequestError {
     /// There is nothing yet.
     #[error("there is no complete snapshot of the volume {0} yet")]
     Nothing(VolumeName),
+    /// A deletion is in the way, which may be of the very snapshot.
+    #[error("a snapshot is being deleted, and that takes long; the log says which; try again later")]
+    Busy,
     /// It cannot be written down.
     #[error(transparent)]
     State(#[from] DurableError),
@@ -92,12 +105,24 @@ impl Volume {
     /// See [`RequestError`].
     pub fn obey(&self, request: &Request) -> Result<String, RequestError> {
         // What is about to be pruned must not be held or published in between.
-        let _pruning = lock(&self.pruning);
+        let _order = self.turn_for_order()?;
         match request {
             Request::Hold { snapshot, why } => self.hold(snapshot, why),
             Request::Release { snapshot } => self.release(snapshot),
             Request::Publish { snapshot, pin } => self.publish_chosen(snapshot, *pin),
             Request::PublishLatest { .. } => self.publish_latest(),
+        }
+    }
+
+    fn turn_for_order(&self) -> Result<MutexGuard<'_, ()>, RequestError> {
+        let given_up = Instant::now() + MAX_ORDER_WAIT;
+        loop {
+            match self.gate.orders.try_lock() {
+                Ok(turn) => return Ok(turn),
+                Err(TryLockError::Poisoned(turn)) => return Ok(turn.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() < given_up => thread::sleep(ORDER_POLL),
+                Err(TryLockError::WouldBlock) => return Err(RequestError::Busy),
+            }
         }
     }
 

@@ -3,11 +3,13 @@
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError},
     time::{Duration, Instant},
 };
 
 use common::{
+    btrfs::Found,
+    deletion::{Deletions, Pace},
     durable::DurableError,
     lock::{Lock, LockError},
     retention::{self, Reason},
@@ -21,7 +23,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     apply::{Application, Feed, Order, Rhythm},
     checkpoint::Checkpoint,
-    config, prune,
+    config,
+    prune::{self, Gate},
     publish::{PublishError, Published, Publisher},
     store::{Store, StoreError},
     verify::{self, Verified, VerifyError},
@@ -44,8 +47,12 @@ pub struct Volume {
     current: Current,
     /// Holds, and what is published by name. Locked after the publisher, if both are.
     pub wishes: Mutex<Wishes>,
-    /// Locked while a plan is made and what it lets go is deleted. Before all others.
-    pub pruning: Mutex<()>,
+    /// What is deleted, and not yet gone.
+    pub deletions: Arc<Deletions>,
+    /// Its `orders` are locked before all others.
+    pub gate: Gate,
+    /// Locked by whoever prunes: one at a time.
+    pruning: Mutex<()>,
     _lock: Lock,
 }
 
@@ -162,6 +169,8 @@ impl Volume {
             cancel_under_way: Mutex::default(),
             current: Current::default(),
             wishes: Mutex::new(wishes),
+            deletions: Deletions::new(&config.store, &config.name, Pace::default()),
+            gate: Gate::default(),
             pruning: Mutex::default(),
             _lock: lock,
         })
@@ -259,16 +268,16 @@ impl Volume {
                 ),
             });
         }
+        // First said, then looked for: see `Gate`. If it is refused, its turn ends, and this with it.
+        *lock(&self.current) = Some(Unfinished { snapshot: offer.snapshot.clone(), base: offer.base.clone() });
         if let Some(base) = &offer.base
-            && self.store.find(base.id).map_err(broken)?.is_none()
+            && (*lock(&self.gate.condemned) == Some(base.id) || self.store.find(base.id).map_err(broken)?.is_none())
         {
             return Err(Refused {
                 why: Refusal::BaseMissing,
                 detail: format!("the base {base} is not in {}", self.store.dir().display()),
             });
         }
-        let Offer { snapshot, base, .. } = offer.clone();
-        *lock(&self.current) = Some(Unfinished { snapshot, base });
         Ok(Admitted::Order(Box::new(Order {
             volume: self.config.name.clone(),
             offer: offer.clone(),
@@ -336,14 +345,33 @@ impl Volume {
     /// Unmounts former snapshots whose last client has left, then prunes.
     ///
     /// # Errors
-    /// The store cannot be read. What cannot be unmounted or deleted is logged and tried again.
+    /// As [`Self::prune`].
+    #[allow(dead_code, reason = "for whoever needs room at once")]
     pub fn tidy(&self) -> Result<(), StoreError> {
-        self.publisher().retire();
-        let _pruning = lock(&self.pruning);
-        let found = self.store.snapshots()?;
-        let snapshots: Vec<Snapshot> = found.into_iter().map(|found| found.snapshot).collect();
-        let plan = self.retention(&snapshots, Timestamp::now());
-        prune::execute(&self.store, &plan)?;
+        self.retire();
+        self.prune()
+    }
+
+    /// Unmounts former snapshots whose last client has left. Whether there were any.
+    pub fn retire(&self) -> bool {
+        !self.publisher().retire().is_empty()
+    }
+
+    /// Deletes what retention lets go, unless somebody is at it already. May take as long as the kernel wants.
+    ///
+    /// # Errors
+    /// The store cannot be read. What cannot be deleted is logged and tried again.
+    pub fn prune(&self) -> Result<(), StoreError> {
+        let _one_at_a_time = match self.pruning.try_lock() {
+            Ok(turn) => turn,
+            Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        let plan = |present: &[Found]| {
+            let snapshots: Vec<Snapshot> = present.iter().map(|found| found.snapshot.clone()).collect();
+            self.retention(&snapshots, Timestamp::now())
+        };
+        prune::execute(&self.store, &self.deletions, &self.gate, plan)?;
         Ok(())
     }
 

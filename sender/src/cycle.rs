@@ -13,6 +13,7 @@ use std::{
 
 use common::{
     btrfs::{self, Found},
+    deletion::Deletions,
     durable::{self, DurableError},
     link::LinkError,
     retention::{self, Reason},
@@ -22,7 +23,7 @@ use common::{
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::mpsc, task::spawn_blocking};
+use tokio::{sync::mpsc, task::spawn_blocking, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -44,6 +45,9 @@ const QUICK_TOTAL: Duration = Duration::from_millis(300);
 /// A progress bar moves this often.
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Deletions that take longer than this go on beside the next cycle.
+const MAX_PRUNING: Duration = Duration::from_secs(30);
+
 /// A volume with all that its cycles need.
 pub struct Volume {
     /// As configured.
@@ -58,6 +62,10 @@ pub struct Volume {
     pub resumed_at: AtomicU64,
     /// The newest snapshot when the log said last that snapshots wait for the receiver.
     pub warned_of: Mutex<Option<SnapshotId>>,
+    /// What is deleted, and not yet gone.
+    pub deletions: Arc<Deletions>,
+    /// Locked while snapshots are being deleted, however long that takes.
+    pub pruning: Arc<tokio::sync::Mutex<()>>,
     /// Whether nested subvolumes and quotas were looked for, and the log says what was found.
     pub looked_for_hazards: AtomicBool,
 }
@@ -372,9 +380,21 @@ impl Volume {
         let (found, now) = (self.snapshots()?, Timestamp::now());
         self.warn_of_waiting(&found, now)?;
         let plan = self.retention(&found, now)?;
-        let (dir, name) = (self.config.snapshot_dir.clone(), self.config.name.clone());
-        blocking(move || prune::execute(&dir, &name, &plan)).await??;
-        Ok(())
+        let Ok(turn) = Arc::clone(&self.pruning).try_lock_owned() else {
+            tracing::warn!(volume = %self.config.name, "the deletions of an earlier cycle have not ended; pruning is left to the next");
+            return Ok(());
+        };
+        let (dir, name, deletions) =
+            (self.config.snapshot_dir.clone(), self.config.name.clone(), Arc::clone(&self.deletions));
+        let pruning = blocking(move || {
+            let _turn = turn;
+            prune::execute(&deletions, &dir, &name, &plan)
+        });
+        match timeout(MAX_PRUNING, pruning).await {
+            Ok(pruned) => pruned?.map(drop).map_err(CycleError::from),
+            // The log names what it hangs in. It goes on, and so does the next cycle.
+            Err(_) => Ok(()),
+        }
     }
 
     /// A warning for each new snapshot, once more than one waits for the receiver.

@@ -1,9 +1,10 @@
 //! Deletes our own snapshots that a retention plan lets go, once the receiver has confirmed the newest.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use common::{
     btrfs::{self, BtrfsError},
+    deletion::Deletions,
     retention::Plan,
     snapshot::VolumeName,
 };
@@ -22,7 +23,12 @@ pub struct Pruned {
 ///
 /// Only what is still exactly the snapshot that the plan means, name and identity, is deleted. The kernel refuses to delete one that
 /// is being sent (EPERM).
-pub fn execute(snapshot_dir: &Path, volume: &VolumeName, plan: &Plan) -> Result<Pruned, BtrfsError> {
+pub fn execute(
+    deletions: &Arc<Deletions>,
+    snapshot_dir: &Path,
+    volume: &VolumeName,
+    plan: &Plan,
+) -> Result<Pruned, BtrfsError> {
     let mut result = Pruned::default();
     if plan.delete.is_empty() {
         return Ok(result);
@@ -30,13 +36,16 @@ pub fn execute(snapshot_dir: &Path, volume: &VolumeName, plan: &Plan) -> Result<
     let present = btrfs::snapshots(snapshot_dir, volume)?;
     for found in plan.delete.iter().filter_map(|gone| present.iter().find(|found| found.snapshot == *gone)) {
         let (volume, snapshot) = (volume.as_str(), found.snapshot.to_string());
-        if let Err(error) = btrfs::delete(&found.path) {
+        if let Err(error) = deletions.delete(found) {
             result.remaining += 1;
             warn!(volume, snapshot, %error, "snapshot not pruned; the next cycle tries again");
         } else {
             result.deleted += 1;
             info!(volume, snapshot, "pruned");
         }
+    }
+    if result.deleted > 0 {
+        deletions.commit()?;
     }
     Ok(result)
 }
@@ -46,6 +55,7 @@ mod tests {
     use std::{fs, io::Read, num::NonZeroU32};
 
     use common::{
+        deletion::Pace,
         retention::{self, Policy, Reason},
         snapshot::Snapshot,
         testing::{SMALL, TestFs},
@@ -71,11 +81,12 @@ mod tests {
             retention::plan(&all, &Policy::last(NonZeroU32::MIN), Timestamp::UNIX_EPOCH, &[(all[1].id, Reason::Base)]);
         assert_eq!(plan.delete.len(), 3);
 
+        let deletions = Deletions::new(&dir, &volume, Pace::default());
         let mut stream = Source::open(&found[4], None).unwrap().stream(2).unwrap();
         stream.read_exact(&mut [0]).unwrap();
-        assert_eq!(execute(&dir, &volume, &plan).unwrap(), Pruned { deleted: 2, remaining: 1 });
+        assert_eq!(execute(&deletions, &dir, &volume, &plan).unwrap(), Pruned { deleted: 2, remaining: 1 });
         assert!(stream.finish().is_err());
-        assert_eq!(execute(&dir, &volume, &plan).unwrap(), Pruned { deleted: 1, remaining: 0 });
+        assert_eq!(execute(&deletions, &dir, &volume, &plan).unwrap(), Pruned { deleted: 1, remaining: 0 });
         let left: Vec<Snapshot> = btrfs::snapshots(&dir, &volume).unwrap().into_iter().map(|f| f.snapshot).collect();
         assert_eq!(left, all[..2]);
     }

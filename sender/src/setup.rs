@@ -4,12 +4,13 @@ use std::{
     io,
     path::PathBuf,
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64},
     },
 };
 
 use common::{
+    deletion::{Deletions, Pace},
     lock::{Lock, LockError},
     tls::{Connector, Credentials, CredentialsError},
 };
@@ -60,6 +61,8 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
             state_file: config.agent.state_dir.join(format!("{}.toml", volume.name)),
             progress_interval: config.log.progress_interval,
             resumed_at: AtomicU64::new(0),
+            deletions: Deletions::new(&volume.snapshot_dir, &volume.name, Pace::default()),
+            pruning: Arc::default(),
             warned_of: Mutex::default(),
             looked_for_hazards: AtomicBool::default(),
         })
