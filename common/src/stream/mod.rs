@@ -36,6 +36,9 @@ pub use self::{
 /// What btrfs has in its trees rather than in an extent: `max_inline`, unless a mount option says otherwise.
 pub const MAX_SMALL_BYTES: u64 = 2048;
 
+/// The smallest piece of data that has a place of its own on disk. (Old file systems on machines with large pages have larger ones.)
+pub const SECTOR_BYTES: u64 = 4096;
+
 /// A SHA-256 value.
 pub type Digest = [u8; 32];
 
@@ -81,6 +84,8 @@ pub struct Total {
     pub files: u64,
     /// How much of the data is whole files of up to [`MAX_SMALL_BYTES`]: btrfs has those in its trees.
     pub small_bytes: u64,
+    /// The rest of the data in whole sectors of [`SECTOR_BYTES`], as it is on disk.
+    pub extent_bytes: u64,
     /// Places in the trees of a base that it changes, at most: each in a node of its own if chance will have it.
     pub touched: u64,
 }

