@@ -43,6 +43,7 @@ use crate::{
     jail::{Jail, JailError},
     receive::{ReceiveError, Stopper},
     segments::Segments,
+    space::Claim,
     store::{Store, StoreError},
     verify::{self, Verified, VerifyError},
 };
@@ -65,6 +66,8 @@ pub struct Order {
     pub checkpoint: Option<Checkpoint>,
     /// How often a checkpoint is made.
     pub rhythm: Rhythm,
+    /// The room that it needs: kept for it as long as it lives.
+    pub claim: Arc<Claim>,
 }
 
 /// How often a checkpoint is made: at the first mark behind either.
@@ -217,6 +220,8 @@ pub struct Application {
     pub start: Start,
     /// Cancelled when there is a result.
     pub finished: CancellationToken,
+    /// The room that it still needs.
+    pub claim: Arc<Claim>,
     result: oneshot::Receiver<Result<Verified, ApplyError>>,
     stopper: Stopper,
 }
@@ -232,7 +237,7 @@ impl Application {
         let (gauge, stopper) = (Arc::new(Gauge::default()), Stopper::default());
         let (our_gauge, our_stopper) = (Arc::clone(&gauge), stopper.clone());
         let start = order.checkpoint.as_ref().map_or(Start::Beginning, |checkpoint| Start::Mark(checkpoint.mark));
-        let finished = CancellationToken::new();
+        let (finished, claim) = (CancellationToken::new(), Arc::clone(&order.claim));
         // Also when the thread panics.
         let finish = finished.clone().drop_guard();
         thread::Builder::new()
@@ -244,7 +249,7 @@ impl Application {
                 drop(finish);
             })
             .map_err(ApplyError::Thread)?;
-        Ok(Self { feed, gauge, start, finished, result, stopper })
+        Ok(Self { feed, gauge, start, finished, claim, result, stopper })
     }
 
     /// The result, once there is one. Safe to cancel.

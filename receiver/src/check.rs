@@ -3,15 +3,17 @@
 use std::{net::SocketAddr, path::Path, process::Command};
 
 use common::{
-    btrfs,
+    btrfs::{self, Space},
     exit::Exit,
     findings::Findings,
+    size::human_bytes,
     tls::{Acceptor, Credentials},
 };
 
 use crate::{
     config::{Config, RsyncMode, Volume},
     receive,
+    space::{self, Limits, Resource},
 };
 
 /// Checks everything and says what it found. [`Exit::Failed`] if anything is in the way of a transfer.
@@ -55,7 +57,27 @@ fn check_volume(findings: &mut Findings, volume: &Volume) {
         // Not on btrfs: said above.
         Err(_) => {}
     }
+    if let Ok(space) = btrfs::space(existing) {
+        check_room(findings, volume, &space);
+    }
     check_publish(findings, volume);
+}
+
+/// What room there is, and what transfers may take of it.
+fn check_room(findings: &Findings, volume: &Volume, measured: &Space) {
+    let limits = Limits { reserve: volume.reserve.bytes(measured.total), max_size: volume.max_size };
+    let rooms = [Resource::Data, Resource::Metadata].map(|of| space::most(of, measured, limits));
+    let [data, metadata] = rooms.map(human_bytes);
+    let max_size = volume.max_size.map_or_else(String::new, |max| format!(", max_size {}", human_bytes(max)));
+    let text = format!(
+        "{}: room for {data} of data and {metadata} of metadata, with {} of {} free ({} unallocated), {} kept in reserve{max_size}",
+        volume.name,
+        human_bytes(measured.free),
+        human_bytes(measured.total),
+        human_bytes(measured.unallocated),
+        human_bytes(limits.reserve),
+    );
+    if rooms.contains(&0) { findings.note(&text) } else { findings.good(&text) }
 }
 
 /// Mounts that the agent makes must be seen by the host, or the daemon serves what nobody publishes.

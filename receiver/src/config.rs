@@ -24,6 +24,13 @@ const STATE_DIR: &str = "/var/lib/snapferry-receiver";
 const LEAST_CHECKPOINT: u64 = 1 << 20;
 const DEFAULT_CHECKPOINT: u64 = 1 << 30;
 
+/// What stays free unless the file says otherwise is at most so much: more than the agent, its rsync daemon and a busy log write in
+/// the hours that it takes somebody to look.
+const MAX_AUTO_RESERVE: u64 = 10 << 30;
+
+/// Less than this is a slip of the pen: no snapshot fits.
+const LEAST_MAX_SIZE: u64 = 1 << 20;
+
 /// receiver.toml
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -65,6 +72,42 @@ pub struct Volume {
     pub checkpoint: u64,
     /// or every so often, whichever comes first.
     pub checkpoint_interval: Duration,
+    /// What transfers leave free on the file system.
+    pub reserve: Reserve,
+    /// What the data of all snapshots here may take together, in bytes.
+    pub max_size: Option<u64>,
+}
+
+/// What stays free on a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reserve {
+    /// A twentieth of it, at most [`MAX_AUTO_RESERVE`].
+    #[default]
+    Auto,
+    /// So many bytes.
+    Bytes(u64),
+}
+
+impl Reserve {
+    /// In bytes, on a file system of `total`.
+    pub fn bytes(self, total: u64) -> u64 {
+        match self {
+            Self::Auto => (total / 20).min(MAX_AUTO_RESERVE),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Reserve {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        text.parse()
+            .map(|ByteSize(bytes)| Self::Bytes(bytes))
+            .map_err(|error| serde::de::Error::custom(format_args!("reserve is \"auto\" or a size; {error}")))
+    }
 }
 
 /// `[rsync]`
@@ -127,6 +170,9 @@ struct RawVolume {
     keep: Option<Spanned<RawKeep>>,
     checkpoint: Option<Spanned<ByteSize>>,
     checkpoint_interval: Option<Spanned<Span>>,
+    #[serde(default)]
+    reserve: Reserve,
+    max_size: Option<Spanned<ByteSize>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -225,6 +271,11 @@ impl RawVolume {
             keep: RawKeep::judge(self.keep)?,
             checkpoint: at_least_bytes(self.checkpoint, LEAST_CHECKPOINT, DEFAULT_CHECKPOINT, "checkpoint")?,
             checkpoint_interval: at_least(self.checkpoint_interval, time.0, time.1, "checkpoint_interval")?,
+            reserve: self.reserve,
+            max_size: match self.max_size {
+                None => None,
+                given => Some(at_least_bytes(given, LEAST_MAX_SIZE, LEAST_MAX_SIZE, "max_size")?),
+            },
         })
     }
 }

@@ -23,6 +23,7 @@ mod rsyncd;
 mod segments;
 mod session;
 mod show;
+mod space;
 mod store;
 mod verify;
 mod volume;

@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     apply::{Application, ApplyError, Feed, Order},
     publish::PublishError,
+    space::{self, Beside, Claim},
     verify::Verified,
     volume::{Admitted, Parked, Publication, Refused, Turn, Volume},
 };
@@ -77,6 +78,8 @@ enum TransferError {
     TakenOver,
     #[error("a block for offset {came} came where {expected:?} was next")]
     OutOfOrder { came: u64, expected: Option<u64> },
+    #[error("{}", .0.detail)]
+    NoRoom(Refused),
     #[error("a thread of the transfer died; please report it")]
     Died,
 }
@@ -85,6 +88,7 @@ impl TransferError {
     fn stage(&self) -> Stage {
         match self {
             Self::Apply(error) => error.stage(),
+            Self::NoRoom(_) => Stage::Apply,
             Self::Publish(_) => Stage::Publish,
             _ => Stage::Transfer,
         }
@@ -93,6 +97,14 @@ impl TransferError {
     fn rule(&self) -> Option<&'static str> {
         match self {
             Self::Apply(error) => error.rule(),
+            _ => None,
+        }
+    }
+
+    /// What was needed and what there was, in bytes.
+    fn no_room(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::NoRoom(refused) => refused.no_room(),
             _ => None,
         }
     }
@@ -108,10 +120,11 @@ impl TransferError {
 
     fn log(&self, snapshot: &Snapshot) {
         let (volume, stage, rule, error) = (snapshot.name.volume(), self.stage().as_str(), self.rule(), chain(self));
+        let (need, have) = self.no_room().unzip();
         if self.is_of_the_connection() {
             tracing::warn!(%volume, %snapshot, stage, error, "connection lost");
         } else {
-            tracing::warn!(%volume, %snapshot, stage, rule, error, "transfer failed");
+            tracing::warn!(%volume, %snapshot, stage, rule, need, have, error, "transfer failed");
         }
     }
 
@@ -121,6 +134,7 @@ impl TransferError {
         match self {
             Self::Link(_) | Self::SenderAborted(_) => None,
             Self::Shutdown | Self::TakenOver => Some(ToSender::Abort { reason: reason() }),
+            Self::NoRoom(refused) => Some(ToSender::Refused { why: refused.why, detail: reason() }),
             _ => Some(ToSender::Failed { stage: self.stage(), reason: reason() }),
         }
     }
@@ -249,8 +263,20 @@ impl Transfer<'_> {
         let admitted = spawn_blocking(move || volume.admit(&wanted, version)).await.map_err(|_| TransferError::Died)?;
         match admitted {
             Ok(Admitted::Complete(verified)) => Ok(Ok(Admission::Complete(verified))),
-            Ok(Admitted::Order(order)) => self.begin(*order).map(|under_way| Ok(Admission::Run(under_way))),
+            Ok(Admitted::Order(order)) => match self.make_room(&order.claim).await? {
+                Ok(()) => self.begin(*order).map(|under_way| Ok(Admission::Run(under_way))),
+                Err(refused) => Ok(Err(refused)),
+            },
             Err(refused) => Ok(Err(refused)),
+        }
+    }
+
+    /// Makes sure that the transfer fits, as far as is known. That can take a while.
+    async fn make_room(&self, claim: &Arc<Claim>) -> Result<Result<(), Refused>, TransferError> {
+        tokio::select! {
+            made = space::make(self.volume, claim, false) => Ok(made),
+            () = self.turn.taken_over.cancelled() => Err(TransferError::TakenOver),
+            () = self.host.shutdown.cancelled() => Err(TransferError::Shutdown),
         }
     }
 
@@ -294,8 +320,14 @@ impl Transfer<'_> {
             }
             Err(error) => {
                 // The turn is kept until nothing of this transfer is left but its checkpoint.
+                let claim = Arc::clone(&under_way.application.claim);
                 under_way.application.abandon().await;
-                Err(error)
+                match error {
+                    TransferError::Apply(error) if space::is_no_room(&error) => {
+                        Err(TransferError::NoRoom(space::ran_out(self.volume, &claim, &self.offer, &error).await))
+                    }
+                    error => Err(error),
+                }
             }
         }
     }
@@ -320,8 +352,11 @@ impl Transfer<'_> {
         let mut stall = Stall::new(now);
         let mut said = Ack::default();
         let feed = application.feed.clone();
+        let mut room = Beside::default();
+        room.look(self.volume, &application.claim, self.offer.total);
         loop {
             let ack = Ack { received: fed.unwrap_or(0), ..application.gauge.ack() };
+            application.claim.advance(ack.applied);
             if ack.received >= said.received + ACK_BYTES {
                 said = ack;
                 say(link, &ToSender::Ack(ack)).await;
@@ -340,20 +375,25 @@ impl Transfer<'_> {
                     (Incoming::Message(ToReceiver::End(end)), None) => {
                         *waiting = Some(Feed::End(end));
                         *ended = Some(Instant::now());
+                        room.look_at_end(self.volume, &application.claim, end.bytes);
                     }
                     // Said again on another connection.
                     (Incoming::Message(ToReceiver::End(_)), Some(_)) => {}
-                    (Incoming::Message(ToReceiver::Total(total)), _) => progress.set_total(total.bytes),
+                    (Incoming::Message(ToReceiver::Total(total)), _) => {
+                        progress.set_total(total.bytes);
+                        room.look(self.volume, &application.claim, Some(total));
+                    }
                     (Incoming::Message(ToReceiver::Abort { reason }), _) => {
                         return Err(TransferError::SenderAborted(reason));
                     }
                     (Incoming::Message(_) | Incoming::Data(_), _) => return Err(LinkError::OutOfTurn.into()),
                 },
                 // A closed queue means that the thread has a result, which is the next to arrive.
-                Ok(permit) = feed.reserve(), if waiting.is_some() => if let Some(feed) = waiting.take() {
+                Ok(permit) = feed.reserve(), if waiting.is_some() && !(ended.is_some() && room.is_looking()) => if let Some(feed) = waiting.take() {
                     permit.send(feed);
                 },
                 verified = application.result() => return Ok(verified?),
+                found = room.found() => found.map_err(TransferError::NoRoom)?,
                 _ = acks.tick() => if ack != said {
                     said = ack;
                     say(link, &ToSender::Ack(ack)).await;
@@ -476,9 +516,11 @@ fn unknown(name: &VolumeName) -> Refused {
     Refused { why: Refusal::UnknownVolume, detail: format!("no [[volume]] of receiver.toml has the name {name}") }
 }
 
-async fn refuse(link: &SenderLink, snapshot: &Snapshot, Refused { why, detail }: Refused) {
+async fn refuse(link: &SenderLink, snapshot: &Snapshot, refused: Refused) {
+    let (need, have) = refused.no_room().unzip();
+    let Refused { why, detail } = refused;
     let detail = cut(&detail, MAX_REASON_BYTES).to_owned();
-    tracing::warn!(volume = %snapshot.name.volume(), snapshot = %snapshot, error = detail, "offer refused");
+    tracing::warn!(volume = %snapshot.name.volume(), %snapshot, need, have, error = detail, "offer refused");
     say(link, &ToSender::Refused { why, detail }).await;
 }
 

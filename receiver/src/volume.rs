@@ -26,6 +26,7 @@ use crate::{
     config,
     prune::{self, Gate},
     publish::{PublishError, Published, Publisher},
+    space::Room,
     store::{Store, StoreError},
     verify::{self, Verified, VerifyError},
     wishes::Wishes,
@@ -40,6 +41,8 @@ pub struct Volume {
     pub config: config::Volume,
     /// Where its snapshots are.
     pub store: Store,
+    /// How much room they have.
+    pub room: Room,
     publisher: Mutex<Publisher>,
     mount_point: PathBuf,
     under_way: Arc<tokio::sync::Mutex<Option<Parked>>>,
@@ -140,6 +143,16 @@ pub struct Refused {
     pub detail: String,
 }
 
+impl Refused {
+    /// For want of room: what was needed and what there was, in bytes.
+    pub fn no_room(&self) -> Option<(u64, u64)> {
+        match self.why {
+            Refusal::NoSpace { need, have } => Some((need, have)),
+            _ => None,
+        }
+    }
+}
+
 impl Volume {
     /// Opens the volume: locks it, removes what a crash left behind, brings the published tree back.
     ///
@@ -162,6 +175,7 @@ impl Volume {
         let (publisher, _) = unrecovered.recover(&store.snapshots()?)?;
         Ok(Self {
             config: config.clone(),
+            room: Room::open(&store, config)?,
             store,
             publisher: Mutex::new(publisher),
             mount_point,
@@ -283,6 +297,7 @@ impl Volume {
             offer: offer.clone(),
             store: self.store.clone(),
             mount_point: self.mount_point.clone(),
+            claim: self.room.claim(offer, checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.position)),
             checkpoint,
             rhythm: Rhythm { bytes: self.config.checkpoint, time: self.config.checkpoint_interval },
         })))

@@ -22,6 +22,9 @@ use crate::{
     setup::{self, SetupError},
 };
 
+/// The pause after a cycle that found no room is not shorter, however often snapshots are taken.
+const LEAST_PAUSE: Duration = Duration::from_secs(1);
+
 /// Runs cycles until a signal says stop.
 ///
 /// # Errors
@@ -93,7 +96,11 @@ async fn cycles(volume: Arc<Volume>, shutdown: CancellationToken) {
                 if resumed_at > before {
                     retry = Retry::new();
                 }
-                let pause = retry.next();
+                let pause = match error.no_room() {
+                    // Room appears when somebody makes some: with the next snapshot, or in a minute, is soon enough.
+                    Some(_) => retry.longest().min(until_due(&volume, taken).await.max(LEAST_PAUSE)),
+                    None => retry.next(),
+                };
                 report::cycle_failed(&volume.config.name, &error, Some(pause));
                 pause
             }

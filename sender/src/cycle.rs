@@ -19,7 +19,7 @@ use common::{
     retention::{self, Reason},
     snapshot::{Snapshot, SnapshotId, VolumeName},
     stream::Total,
-    wire::message::{Inventory, Offer, Stage, Unfinished},
+    wire::message::{Inventory, Offer, Refusal, Stage, Unfinished},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -68,6 +68,8 @@ pub struct Volume {
     pub pruning: Arc<tokio::sync::Mutex<()>>,
     /// Whether nested subvolumes and quotas were looked for, and the log says what was found.
     pub looked_for_hazards: AtomicBool,
+    /// The total that was counted last: a transfer that found no room is offered again and again, and must not be begun to find out.
+    pub counted: Mutex<Option<CountedTotal>>,
 }
 
 /// Snapshots that wait for the receiver, and what is known of what they cost without hours of counting.
@@ -81,6 +83,15 @@ pub struct Waiting {
     pub age: Duration,
     /// What the file system of the source has free, in bytes; None if it does not say.
     pub free: Option<u64>,
+}
+
+/// A total, and of what it is.
+#[derive(Debug, Clone, Copy)]
+pub struct CountedTotal {
+    snapshot: SnapshotId,
+    base: Option<SnapshotId>,
+    stream_version: u32,
+    total: Total,
 }
 
 /// What survives a restart: needed only to keep pruning safe while the receiver cannot be asked.
@@ -147,6 +158,14 @@ impl CycleError {
             Self::Push(PushError::Failed { stage, .. }) => *stage,
             Self::Send(_) | Self::Push(_) | Self::Shutdown => Stage::Transfer,
             Self::State(_) => Stage::Prune,
+        }
+    }
+
+    /// If the receiver has too little room: the bytes that were needed, and those that there were.
+    pub fn no_room(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Push(PushError::Refused { why: Refusal::NoSpace { need, have }, .. }) => Some((*need, *have)),
+            _ => None,
         }
     }
 
@@ -324,7 +343,7 @@ impl Volume {
         let started = Instant::now();
         let What { snapshot, base, resumed, resume } = what;
         let stream_version = inventory.stream_version.min(btrfs::stream_version()?);
-        let (total, later) = self.total(source, stream_version, base).await?;
+        let (total, later) = self.total(source, stream_version, what).await?;
         let offer = Offer {
             snapshot: snapshot.clone(),
             base: base.snapshot().cloned(),
@@ -336,7 +355,7 @@ impl Volume {
             resume,
         };
         reporter.started(snapshot, base, resumed, total);
-        let transfer = Transfer {
+        let mut transfer = Transfer {
             source,
             offer,
             options: pack::Options {
@@ -350,7 +369,9 @@ impl Volume {
             route: &self.route,
             resumed_at: &self.resumed_at,
         };
-        let outcome: Outcome = transfer.push(link, reporter).await?;
+        let pushed = transfer.push(link, reporter).await;
+        self.note_total(&transfer.offer);
+        let outcome: Outcome = pushed?;
         reporter.finished(snapshot, base, &outcome, started.elapsed());
         Ok(())
     }
@@ -360,16 +381,33 @@ impl Volume {
         &self,
         source: &Source,
         stream_version: u32,
-        base: &Base,
+        What { snapshot, base, .. }: What<'_>,
     ) -> Result<(Option<Total>, Option<mpsc::Receiver<Total>>), CycleError> {
+        let base = base.snapshot().map(|base| base.id);
+        let counted = *self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |counted: &CountedTotal| {
+            (counted.snapshot, counted.base, counted.stream_version) == (snapshot.id, base, stream_version)
+        };
+        if let Some(counted) = counted.filter(same) {
+            return Ok((Some(counted.total), None));
+        }
         let mut pass: TotalPass = source.total(stream_version)?;
-        if base.snapshot().is_some()
+        if base.is_some()
             && let Some(total) = pass.wait(QUICK_TOTAL).await
         {
             return Ok((Some(total?), None));
         }
         pass.be_idle();
         Ok((None, Some(pass.into_channel())))
+    }
+
+    fn note_total(&self, offer: &Offer) {
+        if let Some(total) = offer.total {
+            let Offer { snapshot, base, stream_version, .. } = offer;
+            let (snapshot, base) = (snapshot.id, base.as_ref().map(|base| base.id));
+            let counted = CountedTotal { snapshot, base, stream_version: *stream_version, total };
+            *self.counted.lock().unwrap_or_else(PoisonError::into_inner) = Some(counted);
+        }
     }
 
     /// Deletes what retention lets go; never the newest, never the last confirmed base.

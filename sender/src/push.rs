@@ -159,7 +159,7 @@ impl Transfer<'_> {
     ///
     /// # Errors
     /// See [`PushError`]. The receiver is told when the fault is on this side, so that it never takes a part for a whole.
-    pub async fn push(mut self, link: &mut ReceiverLink, reporter: &mut Reporter) -> Result<Outcome, PushError> {
+    pub async fn push(&mut self, link: &mut ReceiverLink, reporter: &mut Reporter) -> Result<Outcome, PushError> {
         let mut run = None;
         loop {
             let error = match self.dialogue(link, &mut run, reporter).await {

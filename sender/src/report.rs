@@ -154,9 +154,11 @@ fn bar_style() -> ProgressStyle {
 /// A cycle ended early; `retry` says when the next attempt comes, if one comes.
 pub fn cycle_failed(volume: &VolumeName, error: &CycleError, retry: Option<Duration>) {
     let retry = retry.map(|pause| pause.as_secs_f64());
+    let (need, have) = error.no_room().unzip();
     let message = match error {
         CycleError::Connect(_) => "receiver cannot be reached",
+        _ if need.is_some() => "no room on the receiver",
         _ => "cycle failed",
     };
-    tracing::warn!(volume = %volume, stage = error.stage().as_str(), error = chain(error), retry, "{message}");
+    tracing::warn!(volume = %volume, stage = error.stage().as_str(), need, have, error = chain(error), retry, "{message}");
 }

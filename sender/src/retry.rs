@@ -28,8 +28,17 @@ impl Retry {
     pub fn next(&mut self) -> Duration {
         let doubled = self.first.saturating_mul(1 << self.failures.min(16));
         self.failures += 1;
-        doubled.min(self.longest).mul_f64(0.75 + fastrand::f64() / 2.0)
+        jittered(doubled.min(self.longest))
     }
+
+    /// The longest pause, give or take a quarter: for what does not mend itself in a second.
+    pub fn longest(&self) -> Duration {
+        jittered(self.longest)
+    }
+}
+
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(0.75 + fastrand::f64() / 2.0)
 }
 
 #[cfg(test)]

@@ -65,6 +65,7 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
             pruning: Arc::default(),
             warned_of: Mutex::default(),
             looked_for_hazards: AtomicBool::default(),
+            counted: Mutex::default(),
         })
     };
     config.volumes.iter().map(volume).collect()

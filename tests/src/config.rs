@@ -40,6 +40,10 @@ pub struct Settings {
     pub window: Option<String>,
     /// Bytes between two checkpoints.
     pub checkpoint: Option<String>,
+    /// What stays free on the mirror box.
+    pub reserve: Option<String>,
+    /// What the volume may take there.
+    pub max_size: Option<String>,
     /// `zstd` or `none`.
     pub compression: Option<String>,
     /// Lines for the sender's table `[tls]` in place of `peers`.
@@ -63,6 +67,8 @@ impl Default for Settings {
             receiver_address: None,
             window: None,
             checkpoint: None,
+            reserve: None,
+            max_size: None,
             compression: None,
             sender_trusts: None,
             receiver_trusts: None,
@@ -109,7 +115,8 @@ pub fn receiver(places: &Places, settings: &Settings, sender_fingerprint: &str) 
     let _ = writeln!(text, "[listen]\naddress = \"[::]:{PORT}\"\nreconnect_grace = {:?}\n", settings.reconnect_grace);
     let _ = writeln!(text, "[[volume]]\nname = \"{VOLUME}\"\nstore = {:?}", places.store);
     let _ = writeln!(text, "publish = {:?}\nkeep = {{ last = {} }}", places.publish, settings.receiver_keeps);
-    text.push_str(&optional("checkpoint", &settings.checkpoint));
+    let room = [("checkpoint", &settings.checkpoint), ("reserve", &settings.reserve), ("max_size", &settings.max_size)];
+    text.extend(room.map(|(key, value)| optional(key, value)));
     let _ = writeln!(text, "[rsync]\nmode = {:?}", settings.rsync);
     text
 }

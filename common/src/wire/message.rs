@@ -333,8 +333,13 @@ pub enum Refusal {
     NameTaken,
     /// A transfer of this volume is under way.
     Busy,
-    /// It would not fit.
-    NoSpace,
+    /// It does not fit, or did not.
+    NoSpace {
+        /// Bytes that it needs of what there is too little of.
+        need: u64,
+        /// Bytes that it may have.
+        have: u64,
+    },
     /// The offer contradicts itself or the protocol.
     BadOffer,
 }

@@ -46,6 +46,8 @@ impl Mirror {
             keep: Policy::last(NonZeroU32::MIN),
             checkpoint: 1 << 30,
             checkpoint_interval: Duration::from_secs(300),
+            reserve: config::Reserve::default(),
+            max_size: None,
         }
     }
 
