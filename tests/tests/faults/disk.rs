@@ -15,7 +15,7 @@ const DISK: u64 = 768 << 20;
 /// Bytes of the transfer that meets the full disk.
 const BULK: u64 = 100_000_000;
 /// Bytes that are left for it, about.
-const LEFT: u64 = 50_000_000;
+const LEFT: u64 = 20_000_000;
 
 pub fn full(seed: u64) -> Books {
     let mut trial = Trial::with(seed, Disks { bytes: DISK, ..Disks::default() }, |_| {});
@@ -27,19 +27,15 @@ pub fn full(seed: u64) -> Books {
     let bulk = trial.rng.u64(..);
     grow(trial.source(), bulk, BULK);
     let mut transfer = trial.take();
-    let filler = fill(&trial);
+    // What does not fit is not begun; so somebody else must fill the disk while it is under way.
+    trial.pair.head.limit_rate(100);
     trial.start();
-    // The second time shows that a failure does not make the next one worse.
-    for failures in 1..=2 {
-        trial.receiver().wait_where("transfer failed", |event| event.text("error").contains("No space left on device"));
-        let failed = trial.during(&transfer, |trial| {
-            (trial.receiver().log().all("transfer failed").len() >= failures
-                && trial.sender().log().all("cycle failed").len() >= failures)
-                .then_some(())
-        });
-        assert!(failed.is_some());
-        assert_eq!(trial.pair.published(), transfer.base);
-    }
+    trial.receiver().wait_where("checkpoint", |event| event.text("snapshot") == transfer.snapshot);
+    let filler = fill(&trial);
+    trial.receiver().wait_where("transfer failed", |event| event.text("error").contains("No space left on device"));
+    trial.sender().wait_for("no room on the receiver");
+    assert_eq!(trial.pair.published(), transfer.base);
+    trial.pair.head.unlimit_rate();
     let records = entries(&trial.pair.places.store).into_iter().filter(|name| name.ends_with("checkpoint.toml"));
     assert_eq!(records.count(), 1, "the checkpoint must stay");
     std::fs::remove_file(filler).unwrap();
@@ -48,7 +44,7 @@ pub fn full(seed: u64) -> Books {
     trial.interrupted(&mut transfer, failures, Cost::Crash);
     trial.arrives(&transfer);
     let books = trial.end();
-    assert!(books.at_checkpoint >= 2, "{books:?}");
+    assert!(books.at_checkpoint >= 1, "{books:?}");
     books
 }
 
