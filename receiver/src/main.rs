@@ -1,7 +1,8 @@
 //! snapferry-receiver: the agent on the mirror box.
 //!
 //! The path of the data, file by file: `listen` -> `session` (the conversation) -> `apply` (checks, `jail`, `receive`) ->
-//! `verify` -> `publish` -> `retire` -> `rsyncd` (serve) -> `prune`. `volume` holds what belongs together, `agent` runs it all.
+//! `verify` -> `publish` -> `retire` -> `rsyncd` (serve) -> `prune`. `space` says whether there is room for it. `volume` holds what
+//! belongs together, `agent` runs it all.
 //! Operators reach it through `control`; `operator` does what they ask for, `wishes` remembers it.
 
 mod agent;
