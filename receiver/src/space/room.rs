@@ -96,7 +96,7 @@ impl Room {
         })
     }
 
-    /// What the offered transfer will claim, if it fits: that is for [`super::make`] to find out. `position` is that of its checkpoint.
+    /// What the offered transfer will claim, if it fits: that is for [`super::make()`] to find out. `position` is that of its checkpoint.
     pub fn claim(&self, offer: &Offer, position: u64) -> Arc<Claim> {
         Arc::new(Claim::new(offer, position, self.file_system))
     }
