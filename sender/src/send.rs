@@ -124,8 +124,10 @@ impl Source {
         let options = SendOptions { base: self.base.as_ref().map(|(_, info)| info.tree_id), version, sending };
         let set_up = || {
             let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-            // A smaller pipe is slower and nothing else: the limits of the system may not leave us this one.
-            let _ = rustix::pipe::fcntl_setpipe_size(&writer, PIPE_BYTES);
+            if matches!(sending, Sending::All) {
+                // A smaller pipe is slower and nothing else: the limits of the system may not leave us this one.
+                let _ = rustix::pipe::fcntl_setpipe_size(&writer, PIPE_BYTES);
+            }
             let subvolume = self.snapshot.as_fd().try_clone_to_owned()?;
             let send = move || {
                 let _kept = first();
