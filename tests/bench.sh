@@ -2,7 +2,7 @@
 # The benchmark in one command: installs what is missing, builds in release, measures, prints tables and the goals, and leaves
 # nothing behind. Takes some ten minutes and up to 12 GB of memory; wants a machine that does nothing else.
 #
-#   sudo tests/bench.sh [--quick] [--rounds N] [--sets ABCD] [--rows pipe,ssh,zstd,snapferry]
+#   sudo tests/bench.sh [--quick] [--rounds N] [--sets ABCDEF] [--rows pipe,ssh,ssh-aes,zstd,snapferry]
 #
 # SNAPFERRY_PROGRAMS=DIR measures the two programs of that directory instead of building them.
 set -euo pipefail

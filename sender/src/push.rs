@@ -147,6 +147,7 @@ struct Run {
     announced: bool,
     /// Whether progress is that of the fast-forward.
     forwarding: bool,
+    begun: Instant,
     end: Option<End>,
     progress: Progress,
     stall: Stall,
@@ -286,6 +287,7 @@ impl Transfer<'_> {
             skip_to,
             announced: skip_to.is_none(),
             forwarding: skip_to.is_some(),
+            begun: Instant::now(),
             end: None,
             progress: Progress::new(Instant::now(), None),
             stall: Stall::new(Instant::now()),
@@ -304,7 +306,9 @@ impl Transfer<'_> {
         let mut ticks = ticks(self.progress_interval);
         let outbox = link.outbox().clone();
         loop {
-            run.announce(link).await;
+            if let Some(offset) = run.announce(link).await {
+                reporter.caught_up(&self.offer.snapshot, offset, run.begun.elapsed());
+            }
             let has_room = run.window_bytes < self.route.window;
             let waiting = run.window.get(run.next).map(|block| block.frame.clone());
             tokio::select! {
@@ -409,12 +413,12 @@ impl Run {
         }
     }
 
-    /// Says where the blocks begin that follow a fast-forward, as soon as there is one.
-    async fn announce(&mut self, link: &ReceiverLink) {
-        if let Some(first) = self.window.front().filter(|_| !self.announced) {
-            say(link, &ToReceiver::Resume { offset: first.offset }).await;
-            self.announced = true;
-        }
+    /// Says where the blocks begin that follow a fast-forward, as soon as there is one. Answers with it when it has been said.
+    async fn announce(&mut self, link: &ReceiverLink) -> Option<u64> {
+        let offset = self.window.front().filter(|_| !self.announced)?.offset;
+        say(link, &ToReceiver::Resume { offset }).await;
+        self.announced = true;
+        Some(offset)
     }
 }
 

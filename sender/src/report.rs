@@ -110,6 +110,13 @@ impl Reporter {
         }
     }
 
+    /// The fast-forward is at the receiver's checkpoint: from `bytes` on the stream is sent.
+    pub fn caught_up(&self, snapshot: &Snapshot, bytes: u64, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
+        let average_rate = bytes as f64 / seconds.max(f64::EPSILON);
+        tracing::info!(volume = %self.volume, %snapshot, stage = "fast-forward", bytes, seconds, average_rate, "at the checkpoint");
+    }
+
     /// A cycle's summary.
     pub fn finished(&self, snapshot: &Snapshot, base: &Base, outcome: &Outcome, elapsed: Duration) {
         if let Some(bar) = &self.bar {

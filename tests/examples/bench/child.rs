@@ -52,16 +52,32 @@ impl Pipeline {
         Self { children, log }
     }
 
+    /// What they write to stderr.
+    pub fn log(&self) -> Log {
+        Log(self.log.try_clone().unwrap())
+    }
+
     /// Waits for all of them; panics with what they said if one failed. Their costs, in their order.
-    pub fn finish(mut self) -> Vec<Cost> {
+    pub fn finish(self) -> Vec<Cost> {
         let ended: Vec<(ExitStatus, Cost)> = self.children.iter().map(wait).collect();
         if ended.iter().any(|(status, _)| !status.success()) {
-            let mut said = String::new();
-            let _ = self.log.rewind().and_then(|()| self.log.read_to_string(&mut said));
+            let said = self.log().said();
             let statuses: Vec<String> = ended.iter().map(|(status, _)| status.to_string()).collect();
             panic!("the pipeline ended with {}: {}", statuses.join(", "), said.trim());
         }
         ended.into_iter().map(|(_, cost)| cost).collect()
+    }
+}
+
+/// What a pipeline has written to stderr.
+pub struct Log(File);
+
+impl Log {
+    /// All of it.
+    pub fn said(mut self) -> String {
+        let mut said = String::new();
+        let _ = self.0.rewind().and_then(|()| self.0.read_to_string(&mut said));
+        said
     }
 }
 

@@ -85,7 +85,8 @@ fn word(rng: &mut Rng, length: usize) -> String {
     (0..length).map(|_| char::from(b"0123456789abcdfghijklmnpqrsvwxyz"[rng.usize(..32)])).collect()
 }
 
-fn measure(root: &Path) -> Amount {
+/// What there is below `root`.
+pub fn measure(root: &Path) -> Amount {
     let mut amount = Amount::default();
     for entry in fs::read_dir(root).unwrap().map(Result::unwrap) {
         let meta = entry.metadata().unwrap();

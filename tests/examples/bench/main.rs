@@ -23,18 +23,22 @@ use std::{
 
 use crate::{
     data::Amount,
-    pair::Pair,
+    pair::{Pair, Tuning},
     place::Place,
     report::Measured,
     rows::{Row, Sample},
     ssh::Sshd,
 };
 
-const USAGE: &str = "usage: tests/bench.sh [--quick] [--rounds N] [--sets ABCD] [--rows pipe,ssh,zstd,snapferry]
+const USAGE: &str = "usage: tests/bench.sh [--quick] [--rounds N] [--sets ABCDEF] [--rows pipe,ssh,ssh-aes,zstd,snapferry]
   --quick    little data and one round: shows that the benchmark works, and nothing else
   --rounds   how often each row is run; the median counts (3)
-  --sets     the data sets: A nar-like, B 100,000 small files, C as much in 1,000, D an increment of a large tree
-  --rows     the ways to ferry";
+  --sets     A nar-like data, B 100,000 small files, C the memory for these and for as much in 1,000, D increments of a large tree,
+             E what checkpoints cost, F how fast a fast-forward is
+  --rows     the ways to ferry A and B";
+
+/// All data sets.
+const SETS: &str = "ABCDEF";
 
 /// What was asked for.
 struct Options {
@@ -71,8 +75,10 @@ fn main() -> ExitCode {
         let measured = match set {
             'A' => bench.nar_like(),
             'B' => bench.many_files(),
-            'C' => bench.few_files(),
-            _ => bench.increments(),
+            'C' => bench.memory(),
+            'D' => bench.increments(),
+            'E' => bench.checkpoints(),
+            _ => bench.fast_forward(),
         };
         report::table(&measured);
         sets.push(measured);
@@ -82,12 +88,12 @@ fn main() -> ExitCode {
 }
 
 fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
-    let mut options = Options { rounds: 3, sets: "ABCD".to_owned(), rows: Row::ALL.to_vec(), sizes: FULL };
+    let mut options = Options { rounds: 3, sets: SETS.to_owned(), rows: Row::ALL.to_vec(), sizes: FULL };
     while let Some(word) = words.next() {
         match word.as_str() {
             "--quick" => (options.sizes, options.rounds) = (QUICK, 1),
             "--rounds" => options.rounds = words.next()?.parse().ok().filter(|rounds| *rounds > 0)?,
-            "--sets" => options.sets = words.next().filter(|sets| sets.chars().all(|set| "ABCD".contains(set)))?,
+            "--sets" => options.sets = words.next().filter(|sets| sets.chars().all(|set| SETS.contains(set)))?,
             "--rows" => options.rows = words.next()?.split(',').map(Row::named).collect::<Option<_>>()?,
             _ => return None,
         }
@@ -123,27 +129,42 @@ struct Bench {
 
 impl Bench {
     fn nar_like(&self) -> Measured {
-        let bytes = self.options.sizes.nar_bytes;
-        let fill = |root: &Path| data::nar_like(root, bytes);
-        self.full(('A', "nar-like data"), bytes * 3 / 2 + GIB, fill, &self.options.rows)
+        self.nars(('A', "nar-like data"), &self.options.rows)
     }
 
     fn many_files(&self) -> Measured {
-        let files = self.options.sizes.many_files;
-        self.full(
-            ('B', "many small files"),
-            room(files),
-            |root| data::texts(root, files, data::SMALL_BYTES),
-            &self.options.rows,
-        )
+        self.small_files(('B', "many small files"), self.options.sizes.many_files, &self.options.rows)
     }
 
-    /// As many bytes as the many files have: only the number of files differs, and so does the memory only if it depends on that.
-    fn few_files(&self) -> Measured {
+    /// As many bytes in few files and in many: only the number of files differs, and so does the memory only if it depends on that.
+    /// With a small window: what is in a large one depends on how fast the receiver is.
+    fn memory(&self) -> Measured {
         let Sizes { few_files, many_files, .. } = self.options.sizes;
-        let bytes = many_files * data::SMALL_BYTES / few_files;
-        let fill = |root: &Path| data::texts(root, few_files, bytes);
-        self.full(('C', "the same in few files, for the memory"), room(many_files), fill, &[Row::Snapferry])
+        let few = self.small_files(('C', ""), few_files, &[Row::FewFiles]);
+        let many = self.small_files(('C', ""), many_files, &[Row::ManyFiles]);
+        let title = format!("{few_files} files and {many_files}, for the memory; window = \"4 MiB\"");
+        Measured { key: 'C', title, amount: many.amount, rows: [few.rows, many.rows].concat() }
+    }
+
+    fn checkpoints(&self) -> Measured {
+        let rows = [Row::NoCheckpoints, Row::ManyCheckpoints, Row::Snapferry];
+        self.nars(('E', "checkpoints: none, every 256 MiB, and every 1 GiB as is the default"), &rows)
+    }
+
+    fn fast_forward(&self) -> Measured {
+        self.nars(('F', "how fast a sender is back where it was interrupted"), &[Row::Discard, Row::FastForward])
+    }
+
+    fn nars(&self, title: (char, &str), rows: &[Row]) -> Measured {
+        let bytes = self.options.sizes.nar_bytes;
+        self.full(title, bytes * 3 / 2 + GIB, |root| data::nar_like(root, bytes), rows)
+    }
+
+    /// As many bytes as the many files have, in so many files.
+    fn small_files(&self, title: (char, &str), files: u64, rows: &[Row]) -> Measured {
+        let Sizes { many_files, .. } = self.options.sizes;
+        let bytes = many_files * data::SMALL_BYTES / files;
+        self.full(title, room(many_files), |root| data::texts(root, files, bytes), rows)
     }
 
     /// Measures full sends of a tree, rows in turn.
@@ -176,7 +197,7 @@ impl Bench {
         let place = Place::new(room(files));
         data::texts(&place.tree(), files, data::SMALL_BYTES);
         place.sync();
-        let pair = Pair::start(&self.programs, &place);
+        let pair = Pair::start(&self.programs, &place, Tuning::default());
         progress('D', 0, Row::Snapferry, &rows::cycle(&pair));
         let mut samples = Vec::new();
         for round in 1..=self.options.rounds {

@@ -14,33 +14,48 @@ use snapferry_tests::btrfs;
 use crate::{
     child::{Cost, Pipeline},
     data,
-    pair::Pair,
+    pair::{Pair, Tuning},
     place::Place,
-    ssh::Sshd,
+    ssh::{Cipher, Sshd},
 };
 
-/// A way to ferry.
+/// A way to ferry, or another thing that takes its time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Row {
     /// What the tools give on one machine: the measure of all others, without any network or check.
     Pipe,
     /// As scripts do it.
     Ssh,
+    /// The same with the cipher that costs least.
+    SshAes,
     /// As backup tools do it.
     ZstdSsh,
-    /// Both agents.
+    /// Both agents, as they are configured if nobody says anything.
     Snapferry,
+    /// Both agents, a small window, few files.
+    FewFiles,
+    /// Both agents, a small window, many files.
+    ManyFiles,
+    /// Both agents, and never a checkpoint.
+    NoCheckpoints,
+    /// Both agents, four times as many checkpoints.
+    ManyCheckpoints,
+    /// Only the kernel's send: the measure of the next.
+    Discard,
+    /// The sending agent's way to a checkpoint that the receiver has, as if it were the whole stream.
+    FastForward,
 }
 
 impl Row {
-    /// In the order of the table.
-    pub const ALL: [Self; 4] = [Self::Pipe, Self::Ssh, Self::ZstdSsh, Self::Snapferry];
+    /// The ways to ferry, in the order of the table.
+    pub const ALL: [Self; 5] = [Self::Pipe, Self::Ssh, Self::SshAes, Self::ZstdSsh, Self::Snapferry];
 
     /// As it is called on the command line.
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "pipe" => Some(Self::Pipe),
             "ssh" => Some(Self::Ssh),
+            "ssh-aes" => Some(Self::SshAes),
             "zstd" => Some(Self::ZstdSsh),
             "snapferry" => Some(Self::Snapferry),
             _ => None,
@@ -52,8 +67,15 @@ impl Row {
         match self {
             Self::Pipe => "btrfs send | btrfs receive",
             Self::Ssh => "btrfs send | ssh btrfs receive",
+            Self::SshAes => "the same with ssh -c aes128-gcm",
             Self::ZstdSsh => "btrfs send | zstd -1 | ssh ..",
             Self::Snapferry => "snapferry, everything on",
+            Self::FewFiles => "snapferry, few files",
+            Self::ManyFiles => "snapferry, many files",
+            Self::NoCheckpoints => "snapferry, no checkpoints",
+            Self::ManyCheckpoints => "snapferry, one every 256 MiB",
+            Self::Discard => "btrfs send > /dev/null",
+            Self::FastForward => "snapferry, fast-forward",
         }
     }
 }
@@ -65,8 +87,8 @@ pub struct Sample {
     pub elapsed: Duration,
     /// CPU time of the sending programs.
     pub sending: Duration,
-    /// CPU time of the receiving programs.
-    pub receiving: Duration,
+    /// CPU time of the receiving programs. None where nothing is received.
+    pub receiving: Option<Duration>,
     /// The most memory of the sending agent, or of `btrfs send`, in bytes.
     pub sender_peak: u64,
     /// The most memory of the receiving agent, or of `btrfs receive`, in bytes. None where it cannot be asked.
@@ -76,15 +98,21 @@ pub struct Sample {
 /// Runs a row once and removes what it has made.
 pub fn run(row: Row, place: &Place, programs: &Path, sshd: &Sshd) -> Sample {
     let receive = format!("btrfs receive '{}'", place.store().display());
+    let agents = |tuning| snapferry(place, programs, tuning);
     let sample = match row {
         Row::Pipe => pipe(place),
-        Row::Ssh => through_ssh(place, sshd, vec![sshd.client(&receive)]),
-        Row::ZstdSsh => through_ssh(
-            place,
-            sshd,
-            vec![program("zstd", &["-q", "-1", "-c"]), sshd.client(&format!("zstd -q -dc | {receive}"))],
-        ),
-        Row::Snapferry => snapferry(place, programs),
+        Row::Ssh => through_ssh(place, sshd, vec![sshd.client(Cipher::Default, &receive)]),
+        Row::SshAes => through_ssh(place, sshd, vec![sshd.client(Cipher::Fastest, &receive)]),
+        Row::ZstdSsh => {
+            let there = sshd.client(Cipher::Default, &format!("zstd -q -dc | {receive}"));
+            through_ssh(place, sshd, vec![program("zstd", &["-q", "-1", "-c"]), there])
+        }
+        Row::Snapferry => agents(Tuning::default()),
+        Row::FewFiles | Row::ManyFiles => agents(Tuning { window: Some("4 MiB"), ..Tuning::default() }),
+        Row::NoCheckpoints => agents(Tuning { checkpoint: Some("1 TiB"), ..Tuning::default() }),
+        Row::ManyCheckpoints => agents(Tuning { checkpoint: Some("256 MiB"), ..Tuning::default() }),
+        Row::Discard => discard(place),
+        Row::FastForward => fast_forward(place, programs),
     };
     place.clear();
     sample
@@ -97,7 +125,7 @@ fn pipe(place: &Place) -> Sample {
     Sample {
         elapsed: started.elapsed(),
         sending: costs[0].cpu,
-        receiving: costs[1].cpu,
+        receiving: Some(costs[1].cpu),
         sender_peak: costs[0].peak,
         receiver_peak: Some(costs[1].peak),
     }
@@ -112,18 +140,49 @@ fn through_ssh(place: &Place, sshd: &Sshd, mut stages: Vec<Command>) -> Sample {
     Sample {
         elapsed,
         sending: costs.iter().map(|cost| cost.cpu).sum(),
-        receiving: sshd.cpu() - before,
+        receiving: Some(sshd.cpu() - before),
         sender_peak: costs[0].peak,
         receiver_peak: None,
     }
 }
 
-fn snapferry(place: &Place, programs: &Path) -> Sample {
-    let pair = Pair::start(programs, place);
+fn snapferry(place: &Place, programs: &Path, tuning: Tuning) -> Sample {
+    let pair = Pair::start(programs, place, tuning);
     let sample = cycle(&pair);
     pair.assert_published(&place.tree(), &[data::a_file(&place.tree())]);
     pair.stop();
     sample
+}
+
+fn discard(place: &Place) -> Sample {
+    let mut send = send(place);
+    send.args(["--proto", "2"]);
+    let started = Instant::now();
+    let cost = Pipeline::spawn(vec![send]).finish()[0];
+    Sample {
+        elapsed: started.elapsed(),
+        sending: cost.cpu,
+        receiving: None,
+        sender_peak: cost.peak,
+        receiver_peak: None,
+    }
+}
+
+/// Kills the sender when most has gone, and lets the next one find the checkpoint.
+fn fast_forward(place: &Place, programs: &Path) -> Sample {
+    let pair = Pair::start(programs, place, Tuning { checkpoint: Some("64 MiB"), ..Tuning::default() });
+    pair.interrupt(data::measure(&place.tree()).bytes * 9 / 10);
+    let resumed = pair.resume();
+    pair.assert_published(&place.tree(), &[data::a_file(&place.tree())]);
+    pair.stop();
+    let whole = resumed.stream_bytes as f64 / resumed.skipped_bytes as f64;
+    Sample {
+        elapsed: resumed.elapsed.mul_f64(whole),
+        sending: resumed.cost.cpu,
+        receiving: None,
+        sender_peak: resumed.cost.peak,
+        receiver_peak: None,
+    }
 }
 
 /// One cycle of a pair that is there already.
@@ -135,7 +194,7 @@ pub fn cycle(pair: &Pair) -> Sample {
     Sample {
         elapsed,
         sending: cpu,
-        receiving: pair.receiver().cpu() - before,
+        receiving: Some(pair.receiver().cpu() - before),
         sender_peak: peak,
         receiver_peak: Some(pair.receiver().peak()),
     }
