@@ -25,7 +25,7 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 use self::trust::{PeerRole, Trust};
 pub use self::trust::{Peers, Refused, Why, is_peer_name};
@@ -35,7 +35,10 @@ use crate::{
 };
 
 /// An encrypted connection, of either side.
-pub use tokio_rustls::TlsStream as Stream;
+pub type Stream<S> = tokio_rustls::TlsStream<BufReader<S>>;
+
+/// How much is read from the network at once, a few records: rustls itself asks for 4 KiB, which is a system call for each of them.
+const READ_BYTES: usize = 64 * 1024;
 
 /// How long a handshake may take, both ways: ample for a slow link, short enough that idle callers do not pile up.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(20);
@@ -221,6 +224,7 @@ impl Acceptor {
     {
         let verifier = self.0.verifier();
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(self.0.server_config(&verifier)?));
+        let stream = BufReader::with_capacity(READ_BYTES, stream);
         let handshake = tokio::time::timeout(HANDSHAKE_DEADLINE, acceptor.accept(stream).into_fallible());
         match handshake.await.map_err(|_| TlsError::TimedOut)? {
             Ok(stream) => self.0.established(Stream::Server(stream), &verifier),
@@ -256,6 +260,7 @@ impl Connector {
         let connector = tokio_rustls::TlsConnector::from(Arc::new(self.0.client_config(&verifier)?));
         // rustls wants a name; ours is judged in `Trust`, and none is sent (`enable_sni`).
         let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
+        let stream = BufReader::with_capacity(READ_BYTES, stream);
         let handshake = tokio::time::timeout(HANDSHAKE_DEADLINE, connector.connect(name, stream));
         match handshake.await.map_err(|_| TlsError::TimedOut)? {
             Ok(stream) => self.0.established(Stream::Client(stream), &verifier),
