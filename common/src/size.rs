@@ -158,6 +158,9 @@ pub fn human_rate(bytes_per_second: f64) -> String {
 /// A span of time for people, its two largest units: `250us`, `8.21s`, `3m20s`, `2h05m`, `4d03h`.
 pub fn human_duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
+    if duration.is_zero() {
+        return "0s".to_owned();
+    }
     if seconds < 0.000_999_5 {
         return format!("{}us", (seconds * 1e6).round());
     }
@@ -293,7 +296,7 @@ mod tests {
     #[test]
     fn durations_show_two_units() {
         for (millis, text) in [
-            (0, "0us"),
+            (0, "0s"),
             (3, "3ms"),
             (8_214, "8.21s"),
             (10_000, "10s"),

@@ -10,6 +10,7 @@ use std::{
 };
 
 use common::{
+    btrfs::{self, Subvolume},
     deletion::{Deletions, Pace},
     lock::{Lock, LockError},
     tls::{Connector, Credentials, CredentialsError},
@@ -31,6 +32,17 @@ pub enum SetupError {
         /// Why.
         source: io::Error,
     },
+    /// The directory of the snapshots is not there, and would be made in a wrong place.
+    #[error(
+        "snapshot_dir = {dir:?} does not exist, and where it would be made is not the file system of the subvolume source = {source_path:?}; \
+         is that mounted?"
+    )]
+    NotMounted {
+        /// As configured.
+        dir: PathBuf,
+        /// As configured.
+        source_path: PathBuf,
+    },
     /// Another agent holds the volume, or its lock cannot be had.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -47,7 +59,7 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
     directory(&config.agent.state_dir)?;
     let credentials = Credentials::load(&config.tls.certificate, &config.tls.private_key)?;
     let volume = |volume: &crate::config::Volume| {
-        directory(&volume.snapshot_dir)?;
+        snapshot_directory(volume)?;
         Ok(Volume {
             config: volume.clone(),
             route: Route {
@@ -79,6 +91,22 @@ pub fn volumes(config: &Config) -> Result<Vec<Volume>, SetupError> {
 pub fn hold(volume: &Volume) -> Result<Lock, SetupError> {
     let file = volume.config.snapshot_dir.join(format!(".{}.lock", volume.config.name));
     Ok(Lock::acquire(&file)?)
+}
+
+/// Makes the directory of the snapshots, but only where they belong: before the volume is mounted its path leads to another file system.
+fn snapshot_directory(volume: &crate::config::Volume) -> Result<(), SetupError> {
+    let dir = &volume.snapshot_dir;
+    if dir.exists() {
+        return Ok(());
+    }
+    let file_system_of = |path| btrfs::file_system(path).ok();
+    let place = dir.ancestors().find(|path| path.exists()).and_then(file_system_of);
+    let is_right =
+        Subvolume::open(&volume.source).is_ok() && place.is_some() && place == file_system_of(&volume.source);
+    if !is_right {
+        return Err(SetupError::NotMounted { dir: dir.clone(), source_path: volume.source.clone() });
+    }
+    directory(dir)
 }
 
 fn directory(path: &PathBuf) -> Result<(), SetupError> {

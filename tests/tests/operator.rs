@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{fs, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use snapferry_tests::{
     agent::Agent,
@@ -177,6 +177,27 @@ fn a_snapshot_directory_on_another_file_system_is_refused() {
     let text = fs::read_to_string(&file).unwrap();
     fs::write(&file, text.replace(pair.places.snapshot_dir.to_str().unwrap(), elsewhere.to_str().unwrap())).unwrap();
     pair.run_once().expect(1).expect_said(elsewhere.to_str().unwrap());
+}
+
+#[test]
+fn a_snapshot_directory_is_made_only_where_the_source_is_mounted() {
+    let pair = Pair::new();
+    let _receiver = pair.start_receiver();
+    let file = pair.sender_config();
+    let text = fs::read_to_string(&file).unwrap();
+    let into = |dir: &Path| {
+        fs::write(&file, text.replace(pair.places.snapshot_dir.to_str().unwrap(), dir.to_str().unwrap())).unwrap();
+    };
+    let unmounted = pair.lab.directory("unmounted").join("snapshots");
+    into(&unmounted);
+    for arguments in [&["check"][..], &["plan"], &["run", "--once"]] {
+        pair.sender(arguments).wait().expect(1).expect_said("is that mounted?");
+        assert!(!unmounted.exists(), "{arguments:?} made {}", unmounted.display());
+    }
+    let fresh = pair.places.snapshot_dir.join("deep/er");
+    into(&fresh);
+    pair.sender(&["check"]).wait().expect(0);
+    assert!(fresh.is_dir());
 }
 
 #[test]
