@@ -15,7 +15,7 @@ use std::{
 };
 
 use common::{
-    btrfs::{BtrfsError, Subvolume},
+    btrfs::{self, BtrfsError, Subvolume},
     exit::Exit,
     size::Span,
 };
@@ -116,7 +116,12 @@ impl Arguments {
 }
 
 fn count_volume(volume: &Volume, filter: &Filter, arguments: &Arguments) -> Result<count::Counts, SizesError> {
-    let source = Subvolume::open(&canonical(&volume.source)?)?;
+    let path = canonical(&volume.source)?;
+    let source = Subvolume::open(&path)?;
+    if arguments.on_disk {
+        // What still waits to be written has no place on disk, and would count as nothing.
+        btrfs::sync(&path)?;
+    }
     let (now, stop, started) = (Timestamp::now(), AtomicBool::new(false), Instant::now());
     let options = Options { threads: walk::threads(), stop: &stop, tick_interval: TICK };
     let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
