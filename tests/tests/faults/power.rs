@@ -29,7 +29,7 @@ const OUTER: u64 = 16 << 30;
 pub fn cuts(seed: u64) -> Books {
     let mut trial = on_reflinks(seed);
     tree::everything(trial.source(), seed);
-    let each = times(3, 10);
+    let each = times(10, 30);
     for increment in [false, true] {
         if increment {
             change::everything(trial.source(), seed);
