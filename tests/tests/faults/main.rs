@@ -2,7 +2,8 @@
 //! moment, nothing is left over, and no more went over the network than the stream, and for each fault what it may cost
 //! (see [`snapferry_tests::trial::Cost`]).
 //!
-//! `SNAPFERRY_SEED=N` repeats a run as far as moments can be repeated; `SNAPFERRY_LONG=1` strikes more often, which takes an hour.
+//! `SNAPFERRY_SEED=N` repeats a run as far as moments can be repeated; `SNAPFERRY_LONG=1` strikes more often, which takes a quarter of
+//! an hour.
 
 #![allow(clippy::unwrap_used)]
 
