@@ -4,9 +4,16 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Seek, Write},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use rustix::fs::{FlockOperation, flock};
+
+/// How often and with which pauses it is tried. A child that the former holder was just starting has a copy of the descriptor until it
+/// executes its program, and for so long the lock outlives its holder.
+const ATTEMPTS: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Why a lock cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -36,14 +43,14 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock without waiting, and leaves our pid in the file for whoever comes second.
+    /// Takes the lock, and leaves our pid in the file for whoever comes second. Who holds it is not waited for.
     ///
     /// # Errors
     /// [`LockError::Held`] names the holder.
     pub fn acquire(path: &Path) -> Result<Self, LockError> {
         let io = |source| LockError::Io { path: path.to_owned(), source };
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match lock(&file) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut text = String::new();
@@ -61,6 +68,16 @@ impl Lock {
     }
 }
 
+fn lock(file: &File) -> rustix::io::Result<()> {
+    for _ in 1..ATTEMPTS {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => thread::sleep(PAUSE),
+            locked => return locked,
+        }
+    }
+    flock(file, FlockOperation::NonBlockingLockExclusive)
+}
+
 fn pid_text(pid: &Option<u32>) -> String {
     pid.map_or(String::new(), |pid| format!(" (pid {pid})"))
 }
@@ -76,7 +93,14 @@ mod tests {
         let first = Lock::acquire(&path).unwrap();
         let error = Lock::acquire(&path).unwrap_err();
         assert!(matches!(error, LockError::Held { pid: Some(pid), .. } if pid == std::process::id()), "{error}");
+        // As a child has it between fork and exec.
+        let copy = first._file.try_clone().unwrap();
         drop(first);
+        let late = thread::spawn(move || {
+            thread::sleep(PAUSE);
+            drop(copy);
+        });
         Lock::acquire(&path).unwrap();
+        late.join().unwrap();
     }
 }
