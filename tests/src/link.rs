@@ -480,11 +480,13 @@ mod tests {
         let bad: Vec<_> = (0..back.len()).filter(|at| back[*at] != 7).collect();
         assert!(ended.is_ok() && back.len() == 300_000 && bad == [100_000], "{bad:?}, {ended:?}");
 
-        let (back, ended) = echo.strike(Way::Out, Fault::HalfClose);
-        assert!(ended.is_ok() && back.len() == 100_000, "{}, {ended:?}", back.len());
-
-        let (back, ended) = echo.strike(Way::Back, Fault::Close);
-        assert!(ended.is_ok() && back.len() == 100_000, "{}, {ended:?}", back.len());
+        // What the client still writes meets a closed socket, whose reset may overtake the last that comes back.
+        for (way, fault) in [(Way::Out, Fault::HalfClose), (Way::Back, Fault::Close)] {
+            let (back, ended) = echo.strike(way, fault);
+            let in_order = ended.is_ok() && back.len() == 100_000;
+            let overtaken = ended.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
+            assert!(in_order || overtaken && back.len() <= 100_000, "{fault:?}: {}, {ended:?}", back.len());
+        }
 
         let (back, ended) = echo.strike(Way::Out, Fault::Reset);
         let kind = ended.map_err(|error| error.kind());
