@@ -289,7 +289,8 @@ fn apply(order: &Order, feed: mpsc::Receiver<Feed>, gauge: &Gauge, stopper: &Sto
         .map_err(ApplyError::from)
         .and_then(|jail| Pipeline::new(order, &jail, gauge, stopper)?.run(feed));
     let cleared = match &applied {
-        Ok(verified) => forget(&order.store).and_then(|()| order.store.drop_segments(&verified.snapshot().name)),
+        // Its segments are pruned behind its publication.
+        Ok(_) => forget(&order.store),
         Err(error) if error.is_suspect() => forget(&order.store).and_then(|()| order.store.sweep(None).map(drop)),
         Err(_) => order.store.sweep(Checkpoint::load(&order.store).as_ref()).map(drop),
     };

@@ -1,4 +1,4 @@
-//! Deletes the received snapshots that a retention plan lets go.
+//! Deletes the received snapshots that a retention plan lets go, and the segments that complete ones were made of.
 //!
 //! The plan was made from what is published, retiring, held and the sender's base. One more rule holds here, whatever the plan says:
 //! never delete what is mounted, for its readers would see files vanish or, worse, listings that silently stop.
@@ -33,6 +33,10 @@ pub fn execute(
     gate: &Gate,
     plan: impl Fn(&[Found]) -> Plan,
 ) -> Result<Deleted, StoreError> {
+    // They come back after a crash without a commit, but whoever starts sweeps them.
+    if let Err(error) = store.discard_spent() {
+        warn!(volume = store.volume().as_str(), %error, "a spent segment stays; it is tried again behind the next transfer");
+    }
     let mut result = Deleted::default();
     let mut tried: Vec<SnapshotId> = Vec::new();
     loop {

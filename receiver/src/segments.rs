@@ -5,12 +5,14 @@
 use std::{
     path::{Path, PathBuf},
     sync::atomic::Ordering,
+    thread::{self, JoinHandle},
     time::Instant,
 };
 
 use common::{
-    btrfs, crash,
-    snapshot::SnapshotId,
+    crash,
+    exit::chain,
+    snapshot::{SnapshotId, VolumeName},
     stream::{Canonical, Command, SegmentHead, SegmentWriter},
 };
 use uuid::Uuid;
@@ -19,7 +21,7 @@ use crate::{
     apply::{ApplyError, Gauge, Order},
     checkpoint::Checkpoint,
     receive::{Receive, Stopper},
-    store::{StoreError, segment_name},
+    store::{discard, segment_name},
 };
 
 /// Rewritten bytes that are collected before a write to the pipe: as much as one joined WRITE may be.
@@ -37,6 +39,7 @@ pub struct Segments<'a> {
     settling: Option<Checkpoint>,
     /// The segment of the checkpoint that stands.
     standing: Option<u32>,
+    discarding: Discarding,
 }
 
 /// The segment under way.
@@ -89,6 +92,7 @@ impl<'a> Segments<'a> {
             current,
             settling: None,
             standing,
+            discarding: Discarding::default(),
         }
     }
 
@@ -208,9 +212,46 @@ impl<'a> Segments<'a> {
         tracing::debug!(%volume, %snapshot, segment = checkpoint.segment, bytes = checkpoint.position, "checkpoint");
         if let Some(older) = self.standing.replace(checkpoint.segment) {
             let path = self.order.store.dir().join(segment_name(&checkpoint.snapshot.name, older));
-            btrfs::delete(&path).map_err(StoreError::from)?;
+            self.discarding.start(volume, path);
         }
-        crash::point("checkpoint", 3);
         Ok(())
     }
+}
+
+/// The older segment on its way out, in a thread of its own: the next one need not wait for it.
+#[derive(Debug, Default)]
+struct Discarding(Option<JoinHandle<()>>);
+
+impl Discarding {
+    /// Waits for the one before, if that has not ended long ago.
+    fn start(&mut self, volume: &VolumeName, path: PathBuf) {
+        self.wait();
+        let ours = volume.clone();
+        let discard = move || {
+            if let Err(error) = discard(&path) {
+                stays(&ours, &error);
+            }
+            crash::point("checkpoint", 3);
+        };
+        match thread::Builder::new().name(format!("discard-{volume}")).spawn(discard) {
+            Ok(thread) => self.0 = Some(thread),
+            Err(error) => stays(volume, &error),
+        }
+    }
+
+    fn wait(&mut self) {
+        // A thread that panicked has left a segment, no more.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
+}
+
+impl Drop for Discarding {
+    /// Whoever sweeps what is left must be alone.
+    fn drop(&mut self) {
+        self.wait();
+    }
+}
+
+fn stays(volume: &VolumeName, error: &dyn std::error::Error) {
+    tracing::warn!(%volume, error = %chain(error), "a spent segment stays; it is tried again behind the transfer");
 }

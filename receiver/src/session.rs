@@ -143,7 +143,8 @@ impl TransferError {
 /// Talks with a sender until one of them leaves.
 pub async fn serve(mut link: SenderLink, host: &Arc<Host>) {
     let agent = link.peer.agent.clone();
-    let ended = converse(&mut link, host).await;
+    let mut tidying = TidyingDue { host, is_due: false };
+    let ended = converse(&mut link, host, &mut tidying).await;
     match &ended {
         Ok(()) | Err(LinkError::Closed) => tracing::debug!(peer = agent, "peer left"),
         Err(error) => tracing::warn!(peer = agent, error = %error, "conversation ended"),
@@ -151,7 +152,28 @@ pub async fn serve(mut link: SenderLink, host: &Arc<Host>) {
     link.close().await;
 }
 
-async fn converse(link: &mut SenderLink, host: &Arc<Host>) -> Result<(), LinkError> {
+/// Tidying behind a transfer, begun when the sender has had the answer to its next question, or has left: deletions keep the store's
+/// directory to themselves, and the answer would have to wait for their end.
+struct TidyingDue<'a> {
+    host: &'a Host,
+    is_due: bool,
+}
+
+impl TidyingDue<'_> {
+    fn begin(&mut self) {
+        if std::mem::take(&mut self.is_due) {
+            self.host.tidy.notify_one();
+        }
+    }
+}
+
+impl Drop for TidyingDue<'_> {
+    fn drop(&mut self) {
+        self.begin();
+    }
+}
+
+async fn converse(link: &mut SenderLink, host: &Arc<Host>, tidying: &mut TidyingDue<'_>) -> Result<(), LinkError> {
     loop {
         let incoming = tokio::select! {
             incoming = link.next() => incoming?,
@@ -161,8 +183,12 @@ async fn converse(link: &mut SenderLink, host: &Arc<Host>) -> Result<(), LinkErr
             }
         };
         match incoming {
-            Incoming::Message(ToReceiver::Query { volume }) => query(link, host, &volume).await,
+            Incoming::Message(ToReceiver::Query { volume }) => {
+                query(link, host, &volume).await;
+                tidying.begin();
+            }
             Incoming::Message(ToReceiver::Offer(offer)) => {
+                tidying.is_due = true;
                 if !take(link, host, offer).await {
                     return Ok(());
                 }
@@ -206,7 +232,7 @@ async fn take(link: &mut SenderLink, host: &Arc<Host>, offer: Offer) -> bool {
     let transferred = match transfer.admit().await {
         Ok(Ok(Admission::Complete(verified))) => {
             say(link, &ToSender::Have).await;
-            publish(Some(link), host, &volume, verified, Instant::now()).await
+            publish(Some(link), &volume, verified, Instant::now()).await
         }
         Ok(Ok(Admission::Run(under_way))) => transfer.run(link, under_way).await,
         Ok(Err(refused)) => {
@@ -312,7 +338,7 @@ impl Transfer<'_> {
                 tracing::info!(volume = %self.volume.config.name, snapshot = %self.offer.snapshot, bytes, stage = "verify", "verified");
                 say(link, &ToSender::Verified { bytes }).await;
                 let ended = under_way.ended.unwrap_or_else(Instant::now);
-                publish(Some(link), self.host, self.volume, verified, ended).await
+                publish(Some(link), self.volume, verified, ended).await
             }
             Err(error) if error.is_of_the_connection() && !self.host.reconnect_grace.is_zero() => {
                 self.park(under_way);
@@ -459,10 +485,11 @@ async fn watch_over(host: Arc<Host>, volume: Arc<Volume>, serial: u64, finished:
     let outcome = match parked.application.result().await {
         Ok(verified) => {
             tracing::info!(volume = %name, %snapshot, stage = "verify", "verified");
-            publish(None, &host, &volume, verified, parked.ended.unwrap_or_else(Instant::now)).await
+            publish(None, &volume, verified, parked.ended.unwrap_or_else(Instant::now)).await
         }
         Err(error) => Err(error.into()),
     };
+    host.tidy.notify_one();
     if let Err(error) = outcome {
         error.log(&snapshot);
     }
@@ -471,14 +498,12 @@ async fn watch_over(host: Arc<Host>, volume: Arc<Volume>, serial: u64, finished:
 /// Publishes and tells the sender, if there is a connection. `ended` is when the stream was complete.
 async fn publish(
     link: Option<&SenderLink>,
-    host: &Host,
     volume: &Arc<Volume>,
     verified: Verified,
     ended: Instant,
 ) -> Result<(), TransferError> {
     let ours = Arc::clone(volume);
     let publication = spawn_blocking(move || ours.publish(verified)).await.map_err(|_| TransferError::Died)??;
-    host.tidy.notify_one();
     let publish_us = ended.elapsed().as_micros() as u64;
     if let Some(link) = link {
         let message = match publication {

@@ -14,6 +14,7 @@ use common::{
     retention::newest_first,
     snapshot::{Snapshot, SnapshotId, SnapshotName, VolumeName},
 };
+use rustix::io::Errno;
 use tracing::{info, warn};
 
 use crate::{
@@ -62,13 +63,15 @@ pub struct Store {
     volume: VolumeName,
 }
 
-/// What a transfer that failed left behind.
+/// What a transfer left behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leftover {
     /// The snapshot that was on its way.
     pub snapshot: SnapshotName,
     /// The number of the segment; None if it has the name of the snapshot itself.
     pub segment: Option<u32>,
+    /// Whether that snapshot is complete: then the segment has done its duty, and no transfer needs it any more.
+    pub is_spent: bool,
     /// Where it is.
     pub path: PathBuf,
 }
@@ -125,20 +128,27 @@ impl Store {
         Ok(self.snapshots()?.into_iter().find(|found| found.snapshot.id == id))
     }
 
-    /// What transfers that failed left behind. While one is under way its segments are among them.
+    /// What transfers left behind. While one is under way its segments are among them.
     pub fn leftovers(&self) -> Result<Vec<Leftover>, StoreError> {
         let name = |name: &OsStr| self.snapshot_name(name).map(|name| (name, None)).or_else(|| self.segment(name));
-        let leftover = |Candidate { name: (snapshot, segment), path, info }: Candidate<(_, Option<u32>)>| {
-            let info = info?;
-            // A segment that is complete is one too: without its transfer it is good for nothing.
-            let ours = !info.read_only || (segment.is_some() && info.received_uuid.is_some());
-            ours.then_some(Leftover { snapshot, segment, path })
+        let found = btrfs::candidates(&self.dir, name)?;
+        let is_complete = |snapshot: &SnapshotName| {
+            let itself = found.iter().find(|found| found.name.0 == *snapshot && found.name.1.is_none());
+            itself.and_then(|found| found.info.as_ref()?.received_id()).is_some()
         };
-        Ok(btrfs::candidates(&self.dir, name)?.into_iter().filter_map(leftover).collect())
+        let leftover =
+            |Candidate { name: (snapshot, segment), path, info }: &Candidate<(SnapshotName, Option<u32>)>| {
+                let info = info.as_ref()?;
+                // A segment that is complete is one too: without its transfer it is good for nothing.
+                let ours = !info.read_only || (segment.is_some() && info.received_uuid.is_some());
+                let is_spent = segment.is_some() && is_complete(snapshot);
+                ours.then(|| Leftover { snapshot: snapshot.clone(), segment: *segment, is_spent, path: path.clone() })
+            };
+        Ok(found.iter().filter_map(leftover).collect())
     }
 
-    /// Deletes all leftovers but the segment of `checkpoint`, with a line in the log for each. To be called only while no transfer
-    /// of the volume is under way.
+    /// Deletes all leftovers but the segment of `checkpoint`, with a line in the log for each that is not spent. To be called only
+    /// while no transfer of the volume is under way.
     pub fn sweep(&self, checkpoint: Option<&Checkpoint>) -> Result<Deleted, StoreError> {
         let spared = |leftover: &Leftover| {
             checkpoint.is_some_and(|checkpoint| {
@@ -149,27 +159,28 @@ impl Store {
         leftovers.retain(|leftover| !spared(leftover));
         let mounted = if leftovers.is_empty() { Mounted::default() } else { self.mounted()? };
         let mut result = Deleted::default();
-        for Leftover { snapshot, segment, path } in leftovers {
+        for Leftover { snapshot, segment, is_spent, path } in leftovers {
             let (volume, snapshot) = (self.volume.as_str(), snapshot.to_string());
             if mounted.contains(&path) {
                 result.remaining += 1;
                 warn!(volume, snapshot, segment, "leftover stays, it is mounted; unmount it");
-            } else if let Err(error) = btrfs::delete(&path) {
+            } else if let Err(error) = discard(&path) {
                 result.remaining += 1;
                 warn!(volume, snapshot, segment, %error, "leftover cannot be removed");
             } else {
                 result.deleted += 1;
-                info!(volume, snapshot, segment, "leftover removed");
+                if !is_spent {
+                    info!(volume, snapshot, segment, "leftover removed");
+                }
             }
         }
         Ok(result)
     }
 
-    /// Deletes the segments of a snapshot that is complete: they have done their duty.
-    pub fn drop_segments(&self, snapshot: &SnapshotName) -> Result<(), StoreError> {
-        let spent = |leftover: &Leftover| leftover.snapshot == *snapshot && leftover.segment.is_some();
-        for leftover in self.leftovers()?.into_iter().filter(spent) {
-            btrfs::delete(&leftover.path)?;
+    /// Deletes the segments of snapshots that are complete. Whether a transfer is under way does not matter to them.
+    pub fn discard_spent(&self) -> Result<(), StoreError> {
+        for leftover in self.leftovers()?.into_iter().filter(|leftover| leftover.is_spent) {
+            discard(&leftover.path)?;
         }
         Ok(())
     }
@@ -207,6 +218,16 @@ impl Mounted {
     /// Whether the subvolume at `path`, directly in the store, is mounted.
     pub fn contains(&self, path: &Path) -> bool {
         self.0.iter().any(|mounted| mounted == path)
+    }
+}
+
+/// Deletes what nobody needs any more, unless somebody else was faster.
+///
+/// With it the kernel drops from memory what was just written into it: a sixth of a second a GiB, so nobody should wait for it.
+pub fn discard(path: &Path) -> Result<(), BtrfsError> {
+    match btrfs::delete(path) {
+        Err(error) if error.errno() == Some(Errno::NOENT) => Ok(()),
+        deleted => deleted,
     }
 }
 

@@ -165,7 +165,9 @@ impl Room {
             let subvolumes = open(&path)?.into_iter().collect();
             holders.push(Holder { name: snapshot.to_string(), id: Some(snapshot.id), subvolumes });
         }
-        let leftovers = self.store.leftovers()?;
+        let mut leftovers = self.store.leftovers()?;
+        // What they hold is their snapshot's too.
+        leftovers.retain(|leftover| !leftover.is_spent);
         if let Some(one) = leftovers.first() {
             let name = format!("{} (unfinished)", one.snapshot);
             let mut unfinished = Holder { name, id: None, subvolumes: Vec::new() };
