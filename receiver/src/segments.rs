@@ -20,12 +20,12 @@ use uuid::Uuid;
 use crate::{
     apply::{ApplyError, Gauge, Order},
     checkpoint::Checkpoint,
-    receive::{Receive, Stopper},
+    receive::{PIPE_BYTES, Receive, Stopper},
     store::{discard, segment_name},
 };
 
-/// Rewritten bytes that are collected before a write to the pipe: as much as one joined WRITE may be.
-const WRITE_BYTES: usize = 1 << 20;
+/// Rewritten bytes that are collected before the child is fed: as much as the pipe holds, for then they need not be copied into it.
+const FEED_BYTES: usize = PIPE_BYTES;
 
 /// Takes checked commands and makes subvolumes of them.
 pub struct Segments<'a> {
@@ -76,7 +76,7 @@ impl Segment {
 impl<'a> Segments<'a> {
     /// The first segment of a stream, or the one behind the order's checkpoint.
     pub fn new(order: &'a Order, store_path: &Path, gauge: &'a Gauge, stopper: &Stopper) -> Self {
-        let mut out = Vec::with_capacity(2 * WRITE_BYTES);
+        let mut out = Vec::with_capacity(2 * FEED_BYTES);
         let (number, origin) = match &order.checkpoint {
             Some(checkpoint) => (checkpoint.segment + 1, Some(checkpoint.id)),
             None => (1, order.offer.base.as_ref().map(|base| base.id)),
@@ -103,7 +103,7 @@ impl<'a> Segments<'a> {
     pub fn push(&mut self, command: &Command<'_>, end: u64) -> Result<(), ApplyError> {
         self.current.writer.push(command, &mut self.out)?;
         self.current.bytes += command.bytes().len() as u64;
-        if self.out.len() >= WRITE_BYTES {
+        if self.out.len() >= FEED_BYTES {
             self.flush()?;
             // Rewriting changes lengths a little; what still waits in the pipe is not applied in any case.
             let pending = self.current.receive.as_ref().map_or(0, Receive::pending);
@@ -170,7 +170,7 @@ impl<'a> Segments<'a> {
     fn begin_next(&mut self) -> Result<(u32, SnapshotId), ApplyError> {
         let (number, id) = (self.current.number, self.current.id());
         // The next one's head must come behind this one's end: they go to different processes.
-        let mut head = Vec::with_capacity(2 * WRITE_BYTES);
+        let mut head = Vec::with_capacity(2 * FEED_BYTES);
         let next = Segment::begin(self.order, number + 1, Some(id), &mut head);
         let Segment { writer, receive, .. } = std::mem::replace(&mut self.current, next);
         let mut receive = match receive {
@@ -178,7 +178,7 @@ impl<'a> Segments<'a> {
             None => Receive::start(&self.store_path, &self.stopper)?,
         };
         writer.finish(None, &mut self.out);
-        receive.write(&self.out)?;
+        receive.feed(&mut self.out)?;
         receive.finish()?;
         self.out = head;
         Ok((number, id))
@@ -189,9 +189,7 @@ impl<'a> Segments<'a> {
             Some(receive) => receive,
             none => none.insert(Receive::start(&self.store_path, &self.stopper)?),
         };
-        receive.write(&self.out)?;
-        self.out.clear();
-        Ok(())
+        Ok(receive.feed(&mut self.out)?)
     }
 
     /// Makes the ended segment the checkpoint as soon as its successor exists: then it is on disk.
