@@ -4,6 +4,7 @@
 //! no tokio. The others are leaves: each wraps one thing of the outside world and knows nothing of the wire.
 
 pub mod btrfs;
+pub mod bulk;
 pub mod config;
 pub mod crash;
 pub mod deletion;
@@ -23,5 +24,6 @@ pub mod stall;
 pub mod stream;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod thread;
 pub mod tls;
 pub mod wire;

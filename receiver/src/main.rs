@@ -34,6 +34,7 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use common::{
+    bulk,
     exit::{Exit, complain},
     identity, lock, log,
     snapshot::{SnapshotName, VolumeName},
@@ -54,6 +55,7 @@ const PROGRAM: &str = "snapferry-receiver";
 const LAST_GRACE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
+    bulk::settle();
     let cli = Cli::parse();
     match cli.command {
         Command::Keygen { dir } => print(identity::keygen(&dir, "receiver", PROGRAM)),

@@ -30,6 +30,7 @@ use std::{io::IsTerminal, path::Path, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use common::{
+    bulk,
     exit::{Exit, complain},
     identity, lock, log,
 };
@@ -50,6 +51,7 @@ const PROGRAM: &str = "snapferry-sender";
 const LAST_GRACE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
+    bulk::settle();
     let cli = Cli::parse();
     match cli.command {
         Command::Keygen { dir } => print(identity::keygen(&dir, "sender", PROGRAM)),

@@ -146,7 +146,7 @@ impl Source {
 
 /// The body of a sending thread. The pipe is closed by its end, so that its reader sees the end of the stream.
 fn send_on_this_thread(subvolume: &OwnedFd, writer: &OwnedFd, options: SendOptions) -> io::Result<()> {
-    btrfs::thread::block_signals()?;
+    common::thread::block_signals()?;
     btrfs::send(subvolume.as_fd(), writer, options)
 }
 

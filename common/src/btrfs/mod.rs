@@ -10,7 +10,6 @@ mod search;
 mod send;
 mod space;
 mod subvolume;
-pub mod thread;
 
 use std::{
     ffi::OsStr,

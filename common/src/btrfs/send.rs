@@ -37,7 +37,7 @@ pub struct SendOptions {
 
 /// Writes the stream of a read-only subvolume into `output`. Blocks until it is written or the reader is gone (EPIPE).
 ///
-/// Call it on a thread for which [`super::thread::block_signals`] holds: a signal makes the kernel give up in the middle, and one
+/// Call it on a thread for which [`crate::thread::block_signals`] holds: a signal makes the kernel give up in the middle, and one
 /// whose handler restarts calls (SA_RESTART) makes it *begin again*, behind the part that is written already.
 ///
 /// The base is given as the parent and as a clone source: without the latter the kernel would not clone from it.

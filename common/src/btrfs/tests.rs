@@ -321,22 +321,6 @@ fn what_is_deleted_is_told_until_it_is_gone() {
     assert_eq!(space(fs.path()).unwrap().data.used, 0);
 }
 
-#[test]
-fn a_thread_without_signals_runs_when_nobody_else_does() {
-    let status = std::thread::spawn(|| {
-        thread::block_signals().unwrap();
-        thread::make_idle(thread::current()).unwrap();
-        fs::read_to_string("/proc/thread-self/status").unwrap() + &fs::read_to_string("/proc/thread-self/stat").unwrap()
-    })
-    .join()
-    .unwrap();
-    let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap().trim();
-    // All 64 but KILL (9), STOP (19), and the C library's own 32 and 33.
-    assert_eq!(u64::from_str_radix(blocked, 16).unwrap(), !(1 << 8 | 1 << 18 | 1 << 31 | 1 << 32));
-    // Field 41 of stat, counted from behind the name: policy 5 is SCHED_IDLE.
-    assert_eq!(status.rsplit_once(") ").unwrap().1.split(' ').nth(38), Some("5"));
-}
-
 fn read_stream(subvolume: &Subvolume, options: SendOptions) -> io::Result<Vec<u8>> {
     let (reader, writer) = rustix::pipe::pipe()?;
     let fd = subvolume.as_fd().try_clone_to_owned()?;

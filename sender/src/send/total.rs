@@ -17,7 +17,7 @@ use std::{
 };
 
 use common::{
-    btrfs::{self, Sending},
+    btrfs::Sending,
     stream::{Item, Total, TotalCounter, Walker},
 };
 use rustix::thread::Pid;
@@ -159,9 +159,9 @@ impl Threads {
     /// Puts the calling thread on the list.
     fn enter(self: Arc<Self>) -> Running {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.running.push(btrfs::thread::current());
+        state.running.push(common::thread::current());
         if state.idle {
-            make_idle(btrfs::thread::current());
+            make_idle(common::thread::current());
         }
         drop(state);
         Running(self)
@@ -179,7 +179,7 @@ impl Threads {
 }
 
 fn make_idle(thread: Pid) {
-    if let Err(error) = btrfs::thread::make_idle(thread) {
+    if let Err(error) = common::thread::make_idle(thread) {
         debug!(%error, "the counting of the total keeps its priority");
     }
 }
@@ -187,7 +187,7 @@ fn make_idle(thread: Pid) {
 impl Drop for Running {
     fn drop(&mut self) {
         let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.running.retain(|thread| *thread != btrfs::thread::current());
+        state.running.retain(|thread| *thread != common::thread::current());
     }
 }
 
@@ -196,7 +196,7 @@ mod tests {
     use std::{fs, path::Path, process::Command};
 
     use common::{
-        btrfs::Found,
+        btrfs::{self, Found},
         testing::{SMALL, TestFs, run},
     };
     use jiff::Timestamp;
