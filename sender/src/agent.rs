@@ -1,6 +1,7 @@
 //! The agent: a loop of cycles for every volume, until it is told to stop.
 
 use std::{
+    panic::resume_unwind,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -52,19 +53,24 @@ pub async fn run_once(config: &Config, reporters: report::Style) -> Result<(), O
     let _locks = volumes.iter().map(setup::hold).collect::<Result<Vec<Lock>, SetupError>>()?;
     let shutdown = signals::shutdown_token().map_err(SetupError::Signals)?;
     let mut failed = None;
-    for volume in &volumes {
-        let mut reporter = Reporter::new(&volume.config.name, reporters);
-        let cycle = async {
-            volume.take_snapshot(&shutdown).await?;
-            volume.ferry(&mut reporter, &shutdown).await?;
-            volume.prune().await
-        };
-        if let Err(error) = cycle.await {
-            report::cycle_failed(&volume.config.name, &error, None);
+    for volume in volumes {
+        let name = volume.config.name.clone();
+        // On a worker of the runtime, as the cycles of `run` are: its parts wake each other for every block, and between a worker
+        // and this thread each time would be a switch of threads.
+        let cycle = tokio::spawn(single_cycle(volume, reporters, shutdown.clone()));
+        if let Err(error) = cycle.await.unwrap_or_else(|panicked| resume_unwind(panicked.into_panic())) {
+            report::cycle_failed(&name, &error, None);
             failed = Some(error);
         }
     }
     failed.map_or(Ok(()), |error| Err(OnceError::Cycle(error)))
+}
+
+async fn single_cycle(volume: Volume, reporters: report::Style, shutdown: CancellationToken) -> Result<(), CycleError> {
+    let mut reporter = Reporter::new(&volume.config.name, reporters);
+    volume.take_snapshot(&shutdown).await?;
+    volume.ferry(&mut reporter, &shutdown).await?;
+    volume.prune().await
 }
 
 /// Why `run --once` failed.
