@@ -42,6 +42,9 @@ use crate::{
 /// An increment's total is usually known within this time; then the offer carries it. Else it follows.
 const QUICK_TOTAL: Duration = Duration::from_millis(300);
 
+/// Counting what is not quick begins so much later than the transfer at the most.
+const LONGEST_HEAD_START: Duration = Duration::from_secs(5);
+
 /// A progress bar moves this often.
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -343,7 +346,9 @@ impl Volume {
         let started = Instant::now();
         let What { snapshot, base, resumed, resume } = what;
         let stream_version = inventory.stream_version.min(btrfs::stream_version()?);
-        let (total, later) = self.total(source, stream_version, what).await?;
+        let progress_interval = if reporter.draws() { BAR_INTERVAL } else { self.progress_interval };
+        // It is wanted for what is reported: the first time when this is over.
+        let (total, later) = self.total(source, stream_version, what, progress_interval / 2).await?;
         let offer = Offer {
             snapshot: snapshot.clone(),
             base: base.snapshot().cloned(),
@@ -364,7 +369,7 @@ impl Volume {
                 skip_to: None,
             },
             shutdown,
-            progress_interval: if reporter.draws() { BAR_INTERVAL } else { self.progress_interval },
+            progress_interval,
             total: later,
             route: &self.route,
             resumed_at: &self.resumed_at,
@@ -382,6 +387,7 @@ impl Volume {
         source: &Source,
         stream_version: u32,
         What { snapshot, base, .. }: What<'_>,
+        head_start: Duration,
     ) -> Result<(Option<Total>, Option<mpsc::Receiver<Total>>), CycleError> {
         let base = base.snapshot().map(|base| base.id);
         let counted = *self.counted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -397,7 +403,7 @@ impl Volume {
         {
             return Ok((Some(total?), None));
         }
-        pass.be_idle();
+        pass.be_idle(head_start.min(LONGEST_HEAD_START));
         Ok((None, Some(pass.into_channel())))
     }
 

@@ -78,9 +78,10 @@ impl TotalPass {
         outcome.unwrap_or_else(|_| Err(SendError::Panicked(self.path.clone())))
     }
 
-    /// From now on it runs only when nobody else wants the processor. A courtesy: if that cannot be, it counts as it did.
-    pub fn be_idle(&self) {
-        self.threads.be_idle();
+    /// From now on it runs only when nobody else wants the processor, and not before `head_start` is over: a transfer that takes no
+    /// longer needs no total. A courtesy: if the priority cannot be had, it counts with the one that it has.
+    pub fn be_idle(&self, head_start: Duration) {
+        self.threads.be_idle(Instant::now() + head_start);
     }
 
     /// Lets the total come through a channel, for a branch of a `select!`; dropping the channel ends the counting. If it fails the
@@ -113,11 +114,15 @@ fn count(mut stream: Stream, threads: &Threads) -> Result<Total, SendError> {
     let mut block = vec![0; BLOCK_BYTES];
     let mut spell = Instant::now();
     while !threads.cancelled.load(Ordering::Relaxed) {
-        if spell.elapsed() >= SPELL {
-            if threads.is_idle() {
+        if let Some(from) = threads.idle_from() {
+            if Instant::now() < from {
                 thread::sleep(REST);
+                continue;
             }
-            spell = Instant::now();
+            if spell.elapsed() >= SPELL {
+                thread::sleep(REST);
+                spell = Instant::now();
+            }
         }
         let bytes = match stream.read(&mut block) {
             Ok(0) => {
@@ -146,7 +151,8 @@ struct Threads {
 
 #[derive(Debug, Default)]
 struct State {
-    idle: bool,
+    /// Idle, and asleep until then.
+    idle_from: Option<Instant>,
     /// Those that run: the number of a thread that has ended may be another's already.
     running: Vec<Pid>,
 }
@@ -160,20 +166,20 @@ impl Threads {
     fn enter(self: Arc<Self>) -> Running {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.running.push(common::thread::current());
-        if state.idle {
+        if state.idle_from.is_some() {
             make_idle(common::thread::current());
         }
         drop(state);
         Running(self)
     }
 
-    fn is_idle(&self) -> bool {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).idle
+    fn idle_from(&self) -> Option<Instant> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).idle_from
     }
 
-    fn be_idle(&self) {
+    fn be_idle(&self, from: Instant) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.idle = true;
+        state.idle_from = Some(from);
         state.running.iter().copied().for_each(make_idle);
     }
 }
@@ -277,7 +283,7 @@ mod tests {
         let found = take(&fs);
         let sending = Source::open(&found, None).unwrap();
         let mut pass = sending.total(2).unwrap();
-        pass.be_idle();
+        pass.be_idle(Duration::ZERO);
         assert_eq!(wait(&mut pass).unwrap().bytes, length(&sending, 2));
         // What ended is off the list: asking again asks nobody else's thread.
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -285,7 +291,7 @@ mod tests {
             assert!(Instant::now() < deadline, "the threads do not end");
             thread::sleep(Duration::from_millis(5));
         }
-        pass.be_idle();
+        pass.be_idle(Duration::ZERO);
 
         // Nothing is lost by waiting in two goes, or through a channel.
         let mut pass = sending.total(2).unwrap();
