@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 1 | segment k is finished, perhaps not on disk; the record names k-1 | goes on behind k-1; k is swept |
 //! | 2 | k has a successor, so it is on disk; the record names k | goes on behind k; k-1 and the successor are swept |
-//! | 3 | k-1 is deleted | as 2 |
+//! | 3 | k-1 is deleted, beside what comes behind k | as 2 |
 //! | 4 | the snapshot itself is complete | it is published; record and segments are swept |
 //!
 //! A record whose segment is gone, or that cannot be read, is no checkpoint: the transfer begins again, and nothing else is lost.

@@ -301,6 +301,27 @@ mod tests {
     }
 
     #[test]
+    fn spent_are_the_segments_of_complete_snapshots_and_no_others() {
+        let fs = TestFs::new(SMALL);
+        let store = store(&fs);
+        received(&store, "v.20260101T000000Z", 1);
+        received(&store, "v.20260101T000000Z.segment-1", 2);
+        received(&store, "v.20260101T000000Z.segment-2", 3);
+        // On its way: a checkpoint, what comes behind it, and the last one, which is not read-only yet.
+        received(&store, "v.20260101T000001Z.segment-1", 4);
+        subvolume(&store, "v.20260101T000001Z.segment-2");
+        received(&store, "v.20260101T000001Z", 5);
+        Subvolume::open(&store.dir().join("v.20260101T000001Z")).unwrap().set_read_only(false).unwrap();
+
+        let on_its_way = ["v.20260101T000001Z", "v.20260101T000001Z.segment-1", "v.20260101T000001Z.segment-2"];
+        store.discard_spent().unwrap();
+        assert_eq!(names(&store), [&["v.20260101T000000Z"], &on_its_way[..]].concat());
+        store.discard_spent().unwrap();
+        assert_eq!(store.leftovers().unwrap().len(), 3, "what is on its way is left alone");
+        discard(&store.dir().join("v.20260101T000000Z.segment-1")).expect("what is gone already is no error");
+    }
+
+    #[test]
     fn sweeping_takes_leftovers_and_nothing_else() {
         let fs = TestFs::new(SMALL);
         let store = store(&fs);
