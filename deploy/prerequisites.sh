@@ -14,6 +14,7 @@ mkfs.btrfs   btrfs-progs
 rsync        rsync
 ip           iproute2
 setcap       libcap2-bin
+setfattr     attr
 openssl      openssl
 cc           gcc
 mount        mount

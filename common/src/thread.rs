@@ -25,9 +25,14 @@ pub fn current() -> Pid {
 
 /// Lets the calling thread, and all that it starts from now on, work in long pieces (SCHED_BATCH): when there is something for it to do
 /// it waits until whoever runs has had its turn. What moves a block from thread to thread gets several at a time, and whoever else is
-/// on the machine is disturbed less.
+/// on the machine is disturbed less. If an operator has chosen a policy for it, that stays.
 pub fn be_batch() -> io::Result<()> {
-    schedule(0, libc::SCHED_BATCH)
+    // SAFETY: a question with a number for an answer.
+    match unsafe { libc::sched_getscheduler(0) } {
+        libc::SCHED_OTHER => schedule(0, libc::SCHED_BATCH),
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }
 
 /// Lets a thread of this process run only when nobody else wants the processor (SCHED_IDLE); its disk accesses become idle ones too
@@ -74,6 +79,7 @@ mod tests {
 
     #[test]
     fn what_a_batch_thread_starts_is_batch_too() {
+        let ours = policy();
         let inherited = std::thread::spawn(|| {
             be_batch().unwrap();
             std::thread::spawn(policy).join().unwrap()
@@ -81,6 +87,18 @@ mod tests {
         .join()
         .unwrap();
         assert_eq!(inherited, libc::SCHED_BATCH.to_string());
-        assert_eq!(policy(), libc::SCHED_OTHER.to_string(), "other threads are left alone");
+        assert_eq!(policy(), ours, "other threads are left alone");
+    }
+
+    #[test]
+    fn a_policy_that_somebody_chose_stays() {
+        let chosen = std::thread::spawn(|| {
+            make_idle(current()).unwrap();
+            be_batch().unwrap();
+            policy()
+        })
+        .join()
+        .unwrap();
+        assert_eq!(chosen, libc::SCHED_IDLE.to_string());
     }
 }

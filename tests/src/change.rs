@@ -212,7 +212,7 @@ mod tests {
     use super::*;
     use crate::{
         lab::{self, Lab, run},
-        manifest::{Manifest, View},
+        manifest::{self, Manifest, View},
         tree,
     };
 
@@ -255,6 +255,32 @@ mod tests {
             ship_and_compare(&from, &to, &base, &snapshot);
             base = snapshot;
         }
+    }
+
+    #[test]
+    fn stock_send_and_receive_leave_the_old_last_block_of_a_file_that_was_cut_and_has_grown() {
+        let lab = Lab::new();
+        let (from, to) = (lab.file_system("from", lab::SMALL, "noatime"), lab.file_system("to", lab::SMALL, "noatime"));
+        btrfs::create(&from.join("live"));
+        let file = from.join("live/file");
+        fs::write(&file, random(&mut Rng::with_seed(1), 47_000)).unwrap();
+        ship_and_compare(&from, &to, "", "one");
+        for size in [30_000, 60_000] {
+            OpenOptions::new().write(true).open(&file).unwrap().set_len(size).unwrap();
+        }
+        // Where the data are is known only once they are written.
+        btrfs::sync(&from);
+        btrfs::snapshot(&from.join("live"), &from.join("two"));
+        let script = format!("btrfs send -q --proto 2 -p one two | btrfs receive -q {}", to.display());
+        run(Command::new("bash").args(["-ec", &format!("set -o pipefail; {script}")]).current_dir(&from));
+        let data_at = |tree: &Path| Manifest::of(tree, View::Replica).attribute(b"file", "data at").map(str::to_owned);
+        assert_eq!(data_at(&from.join("two")).as_deref(), Some("0-32768"));
+        assert_eq!(
+            data_at(&to.join("two")).as_deref(),
+            Some("0-32768,45056-49152"),
+            "if it is right: excuse it no more"
+        );
+        manifest::assert_increments(&from.join("two"), &to.join("two"));
     }
 
     #[test]

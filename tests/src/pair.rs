@@ -194,10 +194,16 @@ impl Pair {
     /// Panics unless the sender's newest snapshot has an equal replica, complete and published, and is what clients see.
     #[track_caller]
     pub fn assert_arrived(&self) {
+        self.assert_arrived_by(manifest::assert_replica);
+    }
+
+    /// The same with another judge of source and replica.
+    #[track_caller]
+    pub fn assert_arrived_by(&self, judge: fn(&Path, &Path)) {
         let newest = self.newest();
         let replica = self.places.store.join(name(&newest));
         assert_complete(&replica);
-        manifest::assert_replica(&newest, &replica);
+        judge(&newest, &replica);
         assert_eq!(self.published(), Some(name(&newest)), "the newest snapshot should be published");
     }
 

@@ -9,7 +9,7 @@ use snapferry_tests::{
     change,
     config::Settings,
     lab::run,
-    manifest::{Manifest, View},
+    manifest::{self, Manifest, View},
     pair::{Disks, Pair, name},
     tree,
 };
@@ -124,7 +124,7 @@ fn fifty_increments_in_a_row_arrive() {
         change::randomly(source, seed ^ round, 25);
         let cycle = pair.ferry();
         assert!(cycle.text("base").starts_with(&base), "round {round}: {cycle:?}");
-        pair.assert_arrived();
+        pair.assert_arrived_by(manifest::assert_increments);
     }
     pair.assert_no_leftovers();
     assert_eq!(pair.snapshots().len(), 3, "both sides keep the last three");
