@@ -73,15 +73,15 @@ fn main() -> ExitCode {
     let mut sets = Vec::new();
     for set in bench.options.sets.chars() {
         let measured = match set {
-            'A' => bench.nar_like(),
-            'B' => bench.many_files(),
-            'C' => bench.memory(),
-            'D' => bench.increments(),
-            'E' => bench.checkpoints(),
-            _ => bench.fast_forward(),
+            'A' => vec![bench.nar_like()],
+            'B' => vec![bench.many_files()],
+            'C' => bench.memory().into(),
+            'D' => vec![bench.increments()],
+            'E' => vec![bench.checkpoints()],
+            _ => vec![bench.fast_forward()],
         };
-        report::table(&measured);
-        sets.push(measured);
+        measured.iter().for_each(report::table);
+        sets.extend(measured);
     }
     report::goals(&sets);
     ExitCode::SUCCESS
@@ -133,17 +133,18 @@ impl Bench {
     }
 
     fn many_files(&self) -> Measured {
-        self.small_files(('B', "many small files"), self.options.sizes.many_files, &self.options.rows)
+        self.texts(('B', "many small files"), self.options.sizes.many_files, data::SMALL_BYTES, &self.options.rows)
     }
 
-    /// As many bytes in few files and in many: only the number of files differs, and so does the memory only if it depends on that.
-    /// With a small window: what is in a large one depends on how fast the receiver is.
-    fn memory(&self) -> Measured {
+    /// Few files and then many, so large that either transfer goes on for seconds: the memory differs only if it depends on their
+    /// number. With the smallest window: how much is in a large one, or in any for a moment, depends on how fast the receiver is.
+    fn memory(&self) -> [Measured; 2] {
         let Sizes { few_files, many_files, .. } = self.options.sizes;
-        let few = self.small_files(('C', ""), few_files, &[Row::FewFiles]);
-        let many = self.small_files(('C', ""), many_files, &[Row::ManyFiles]);
-        let title = format!("{few_files} files and {many_files}, for the memory; window = \"4 MiB\"");
-        Measured { key: 'C', title, amount: many.amount, rows: [few.rows, many.rows].concat() }
+        let few_bytes = 10 * many_files * data::SMALL_BYTES / few_files;
+        [
+            self.texts(('C', "few files, for the memory"), few_files, few_bytes, &[Row::SmallWindow]),
+            self.texts(('C', "many files, for the memory"), many_files, data::SMALL_BYTES, &[Row::SmallWindow]),
+        ]
     }
 
     fn checkpoints(&self) -> Measured {
@@ -160,11 +161,10 @@ impl Bench {
         self.full(title, bytes * 3 / 2 + GIB, |root| data::nar_like(root, bytes), rows)
     }
 
-    /// As many bytes as the many files have, in so many files.
-    fn small_files(&self, title: (char, &str), files: u64, rows: &[Row]) -> Measured {
-        let Sizes { many_files, .. } = self.options.sizes;
-        let bytes = many_files * data::SMALL_BYTES / files;
-        self.full(title, room(many_files), |root| data::texts(root, files, bytes), rows)
+    /// So many files of `bytes` each.
+    fn texts(&self, title: (char, &str), files: u64, bytes: u64, rows: &[Row]) -> Measured {
+        let room = room(files) + files * bytes * 3 / 2;
+        self.full(title, room, |root| data::texts(root, files, bytes), rows)
     }
 
     /// Measures full sends of a tree, rows in turn.

@@ -32,10 +32,8 @@ pub enum Row {
     ZstdSsh,
     /// Both agents, as they are configured if nobody says anything.
     Snapferry,
-    /// Both agents, a small window, few files.
-    FewFiles,
-    /// Both agents, a small window, many files.
-    ManyFiles,
+    /// Both agents, with the smallest window.
+    SmallWindow,
     /// Both agents, and never a checkpoint.
     NoCheckpoints,
     /// Both agents, four times as many checkpoints.
@@ -70,8 +68,7 @@ impl Row {
             Self::SshAes => "the same with ssh -c aes128-gcm",
             Self::ZstdSsh => "btrfs send | zstd -1 | ssh ..",
             Self::Snapferry => "snapferry, everything on",
-            Self::FewFiles => "snapferry, few files",
-            Self::ManyFiles => "snapferry, many files",
+            Self::SmallWindow => "snapferry, window = \"4 MiB\"",
             Self::NoCheckpoints => "snapferry, no checkpoints",
             Self::ManyCheckpoints => "snapferry, one every 256 MiB",
             Self::Discard => "btrfs send > /dev/null",
@@ -108,7 +105,7 @@ pub fn run(row: Row, place: &Place, programs: &Path, sshd: &Sshd) -> Sample {
             through_ssh(place, sshd, vec![program("zstd", &["-q", "-1", "-c"]), there])
         }
         Row::Snapferry => agents(Tuning::default()),
-        Row::FewFiles | Row::ManyFiles => agents(Tuning { window: Some("4 MiB"), ..Tuning::default() }),
+        Row::SmallWindow => agents(Tuning { window: Some("4 MiB"), ..Tuning::default() }),
         Row::NoCheckpoints => agents(Tuning { checkpoint: Some("1 TiB"), ..Tuning::default() }),
         Row::ManyCheckpoints => agents(Tuning { checkpoint: Some("256 MiB"), ..Tuning::default() }),
         Row::Discard => discard(place),
