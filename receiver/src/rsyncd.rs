@@ -355,5 +355,4 @@ fn path_option(option: &str, path: &Path) -> std::ffi::OsString {
 }
 
 #[cfg(test)]
-#[path = "rsyncd_tests.rs"]
 mod tests;
