@@ -45,7 +45,7 @@ pub fn snapshots(config: &Config) -> Result<(), ShowError> {
             println!("  {:<40} {}", found.snapshot.to_string(), states.join(", "));
         }
         let wishes = Wishes::load(&config.agent.state_dir, &volume.name)?;
-        for leftover in store.leftovers()?.iter().filter(|leftover| !leftover.is_spent) {
+        for leftover in store.unfinished()? {
             println!("  {:<40} unfinished", leftover.snapshot.to_string());
         }
         if complete.is_empty() {

@@ -129,7 +129,7 @@ impl Store {
     }
 
     /// What transfers left behind. While one is under way its segments are among them.
-    pub fn leftovers(&self) -> Result<Vec<Leftover>, StoreError> {
+    fn leftovers(&self) -> Result<Vec<Leftover>, StoreError> {
         let name = |name: &OsStr| self.snapshot_name(name).map(|name| (name, None)).or_else(|| self.segment(name));
         let found = btrfs::candidates(&self.dir, name)?;
         let is_complete = |snapshot: &SnapshotName| {
@@ -145,6 +145,11 @@ impl Store {
                 ours.then(|| Leftover { snapshot: snapshot.clone(), segment: *segment, is_spent, path: path.clone() })
             };
         Ok(found.iter().filter_map(leftover).collect())
+    }
+
+    /// The leftovers of snapshots that are not complete. What a spent segment holds is its snapshot's too.
+    pub fn unfinished(&self) -> Result<Vec<Leftover>, StoreError> {
+        Ok(self.leftovers()?.into_iter().filter(|leftover| !leftover.is_spent).collect())
     }
 
     /// Deletes all leftovers but the segment of `checkpoint`, with a line in the log for each that is not spent. To be called only

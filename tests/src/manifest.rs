@@ -127,33 +127,31 @@ impl Manifest {
 
 /// Panics unless two trees are equal in every attribute that a send carries over.
 pub fn assert_replica(source: &Path, replica: &Path) {
-    let expected = Manifest::of(source, View::Replica);
-    let what = format!("{} against {}", replica.display(), source.display());
-    expected.assert_equal(&Manifest::of(replica, View::Replica), &what);
+    assert_alike(source, replica, View::Replica, |_, _| {});
 }
 
 /// The same for what came by increments of any kind, with one flaw of the stock tools excused. When a file was cut and has grown again
 /// between two snapshots, the send punches the hole before it makes the file longer. So what is left of the block that was the file's
 /// last is not taken away, but filled with zeros.
 pub fn assert_increments(source: &Path, replica: &Path) {
-    let expected = Manifest::of(source, View::Replica);
-    let mut got = Manifest::of(replica, View::Replica);
-    got.excuse_old_ends(&expected);
-    expected.assert_equal(&got, &format!("{} against {}", replica.display(), source.display()));
+    assert_alike(source, replica, View::Replica, Manifest::excuse_old_ends);
 }
 
 /// Panics unless two trees are equal in every attribute that a send which was interrupted and went on carries over.
 pub fn assert_resumed(source: &Path, replica: &Path) {
-    let expected = Manifest::of(source, View::Resumed);
-    let what = format!("{} against {}", replica.display(), source.display());
-    expected.assert_equal(&Manifest::of(replica, View::Resumed), &what);
+    assert_alike(source, replica, View::Resumed, |_, _| {});
 }
 
 /// Panics unless a client's copy is equal to a tree in all that `rsync -a` carries over.
 pub fn assert_copy(source: &Path, copy: &Path) {
-    let expected = Manifest::of(source, View::Client);
-    let what = format!("{} against {}", copy.display(), source.display());
-    expected.assert_equal(&Manifest::of(copy, View::Client), &what);
+    assert_alike(source, copy, View::Client, |_, _| {});
+}
+
+/// Panics unless two trees are equal in what counts in `view`, but for what `excuse` takes back of the second one's differences.
+fn assert_alike(source: &Path, copy: &Path, view: View, excuse: fn(&mut Manifest, &Manifest)) {
+    let (expected, mut got) = (Manifest::of(source, view), Manifest::of(copy, view));
+    excuse(&mut got, &expected);
+    expected.assert_equal(&got, &format!("{} against {}", copy.display(), source.display()));
 }
 
 /// The blocks of ranges as they stand in an entry.

@@ -165,16 +165,14 @@ impl Room {
             let subvolumes = open(&path)?.into_iter().collect();
             holders.push(Holder { name: snapshot.to_string(), id: Some(snapshot.id), subvolumes });
         }
-        let mut leftovers = self.store.leftovers()?;
-        // What they hold is their snapshot's too.
-        leftovers.retain(|leftover| !leftover.is_spent);
-        if let Some(one) = leftovers.first() {
+        let unfinished = self.store.unfinished()?;
+        if let Some(one) = unfinished.first() {
             let name = format!("{} (unfinished)", one.snapshot);
-            let mut unfinished = Holder { name, id: None, subvolumes: Vec::new() };
-            for leftover in &leftovers {
-                unfinished.subvolumes.extend(open(&leftover.path)?);
+            let mut holder = Holder { name, id: None, subvolumes: Vec::new() };
+            for leftover in &unfinished {
+                holder.subvolumes.extend(open(&leftover.path)?);
             }
-            holders.push(unfinished);
+            holders.push(holder);
         }
         Ok(holders)
     }

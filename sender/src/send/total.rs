@@ -114,15 +114,10 @@ fn count(mut stream: Stream, threads: &Threads) -> Result<Total, SendError> {
     let mut block = vec![0; BLOCK_BYTES];
     let mut spell = Instant::now();
     while !threads.cancelled.load(Ordering::Relaxed) {
-        if let Some(from) = threads.idle_from() {
-            if Instant::now() < from {
-                thread::sleep(REST);
-                continue;
-            }
-            if spell.elapsed() >= SPELL {
-                thread::sleep(REST);
-                spell = Instant::now();
-            }
+        if threads.idle_from().is_some_and(|from| Instant::now() < from || spell.elapsed() >= SPELL) {
+            thread::sleep(REST);
+            spell = Instant::now();
+            continue;
         }
         let bytes = match stream.read(&mut block) {
             Ok(0) => {
